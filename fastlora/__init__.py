@@ -1,0 +1,54 @@
+"""fastlora: LoRA training of peft models with the frozen matmul and the adapter computed as one.
+
+report = fastlora.patch(model)      # model: anything that holds peft LoRA layers
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlora.callback import FastLoRACallback
+    from fastlora.functional import lora_linear
+    from fastlora.layers import LoRALinear
+    from fastlora.patching import PatchReport, enable_for, explain, patch, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FastLoRACallback",
+    "LoRALinear",
+    "PatchReport",
+    "__version__",
+    "enable_for",
+    "explain",
+    "lora_linear",
+    "patch",
+    "unpatch",
+]
+
+# Where each public name lives. They are imported when first used: peft alone brings transformers,
+# seconds that `import fastlora` must not cost a script that only wants lora_linear.
+_MODULES = {
+    "FastLoRACallback": "callback",
+    "LoRALinear": "layers",
+    "PatchReport": "patching",
+    "enable_for": "patching",
+    "explain": "patching",
+    "lora_linear": "functional",
+    "patch": "patching",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,245 @@
+"""Attaching to peft: ``patch``, ``unpatch``, ``explain``, and the ways in for code that is not
+yours.
+
+``patch`` swaps the class of exactly ``peft.tuners.lora.layer.Linear``, never of a subclass (those
+are quantized or otherwise special), and of ``LoraModel``, so that layers which peft adds later are
+fused too. Nothing global changes: other models, and other libraries, never notice.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from fastlora.functional import DROPOUT_MASKS, DropoutMask
+from fastlora.layers import LoRALinear, state_reason
+
+_NAMES_SHOWN = 3  # of each group of layers in a report, so that it fits on one screen
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """Which LoRA layers of a model are fused, and why the others are not.
+
+    Attributes:
+        model: the class name of the model.
+        fused: names of the layers that are fused as the model stands.
+        fallback: name and reason of each patched layer that would go to peft's forward now. They
+            are asked again at every call.
+        untouched: name and reason of each LoRA layer of another class, which ``patch`` leaves
+            alone.
+        unpatched: names of the LoRA linears that ``patch`` has not been called on.
+        notes: what else a reader should know, for example that later layers will not be fused.
+    """
+
+    model: str
+    fused: tuple[str, ...] = ()
+    fallback: Mapping[str, str] = field(default_factory=dict)
+    untouched: Mapping[str, str] = field(default_factory=dict)
+    unpatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The report in one screen: a line of counts, then one line for each reason."""
+        linears = len(self.fused) + len(self.fallback) + len(self.unpatched)
+        if not linears and not self.untouched:
+            return (
+                f"{self.model} has no LoRA layers: fastlora fuses what peft.get_peft_model (or "
+                "model.add_adapter) has put there, so call it first"
+            )
+        lines = [
+            f"fused {len(self.fused)} of {linears} LoRA linears; {len(self.fallback)} fall back"
+        ]
+        if self.unpatched:
+            lines[0] += f"; {len(self.unpatched)} not patched"
+        for title, layers in (
+            ("falls back to peft", self.fallback),
+            ("left alone", self.untouched),
+            (
+                "not patched",
+                dict.fromkeys(self.unpatched, "fastlora.patch has not been called on it"),
+            ),
+        ):
+            lines += [f"  {title}: {line}" for line in _by_reason(layers)]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def _by_reason(layers: Mapping[str, str]) -> Iterator[str]:
+    names_of: dict[str, list[str]] = {}
+    for name, reason in layers.items():
+        names_of.setdefault(reason, []).append(name)
+    for reason, names in sorted(names_of.items(), key=lambda item: -len(item[1])):
+        more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        yield f"{reason} ({', '.join(names[:_NAMES_SHOWN])}{more})"
+
+
+def patch(
+    model: nn.Module, *, dropout_mask: DropoutMask = "bits", strict: bool = False
+) -> PatchReport:
+    """Make the LoRA linears of a model run fused, in place.
+
+    Works on a ``PeftModel``, a ``PeftMixedModel``, a transformers model with ``model.add_adapter``,
+    and any module that holds peft LoRA layers; before or after ``.to(device)``; as often as you
+    like. The model keeps every name, parameter and method; ``save_pretrained`` writes an ordinary
+    adapter.
+
+    Args:
+        model: holds peft LoRA layers.
+        dropout_mask: how the backward pass finds the dropout mask again: ``"bits"`` saves one bit
+            for each element of a layer's input; ``"recompute"`` saves a seed and draws the mask
+            again.
+        strict: raise, and change nothing, unless every LoRA layer is fused as the model stands.
+
+    Returns:
+        A report whose text says how many layers are fused and why the others are not.
+
+    Raises:
+        ValueError: ``dropout_mask`` is neither of the two; or ``strict`` and the model has no LoRA
+            layer or one that would not be fused (the message lists them).
+
+    Warns:
+        UserWarning: the model has no LoRA layers.
+    """
+    if dropout_mask not in DROPOUT_MASKS:
+        raise ValueError(f"dropout_mask must be one of {DROPOUT_MASKS}, got {dropout_mask!r}")
+    expected = _report(model, as_if_patched=True)
+    complete = bool(expected.fused) and not expected.fallback and not expected.untouched
+    if strict and not complete:
+        raise ValueError(f"strict patch refused, nothing was changed: {expected}")
+    if not expected.fused and not expected.fallback and not expected.untouched:
+        warnings.warn(str(expected), stacklevel=2)
+    for module in model.modules():
+        if type(module) is PeftLinear:
+            module.__class__ = LoRALinear
+        elif type(module) is LoraModel:
+            module.__class__ = FastLoraModel
+        if isinstance(module, (LoRALinear, FastLoraModel)):
+            module.__dict__["fastlora_dropout_mask"] = dropout_mask
+    return _report(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every layer back to peft, exactly as it was before ``patch``."""
+    for module in model.modules():
+        if type(module) is LoRALinear:
+            module.__class__ = PeftLinear
+        elif type(module) is FastLoraModel:
+            module.__class__ = LoraModel
+        else:
+            continue
+        for name in ("fastlora_dropout_mask", "fastlora_last_reason"):
+            module.__dict__.pop(name, None)
+
+
+def explain(model: nn.Module) -> str:
+    """Say in one screen what runs fused and why the rest does not, as the model stands now.
+
+    Beside the state of each layer it tells where the *last call* went to peft for a reason of its
+    own (an input's dtype, ``adapter_names=``, tracing, ...). Under ``torch.compile`` no call is
+    recorded.
+    """
+    report = _report(model)
+    fused = set(report.fused)
+    calls = {
+        name: module.fastlora_last_reason
+        for name, module in model.named_modules()
+        if name in fused and isinstance(module, LoRALinear) and module.fastlora_last_reason
+    }
+    return "\n".join(
+        [str(report), *(f"  last call went to peft: {line}" for line in _by_reason(calls))]
+    )
+
+
+def _report(model: nn.Module, as_if_patched: bool = False) -> PatchReport:
+    fused: list[str] = []
+    unpatched: list[str] = []
+    fallback: dict[str, str] = {}
+    untouched: dict[str, str] = {}
+    notes: list[str] = []
+    later_layers_too = False
+    for name, module in model.named_modules():
+        if isinstance(module, LoraModel if as_if_patched else FastLoraModel):
+            later_layers_too = True
+        if not isinstance(module, LoraLayer):
+            continue
+        if type(module) is PeftLinear and not as_if_patched:
+            unpatched.append(name)
+        elif type(module) not in (PeftLinear, LoRALinear):
+            untouched[name] = f"{type(module).__name__} is not peft's plain LoRA Linear"
+        elif reason := state_reason(module):
+            fallback[name] = reason
+        else:
+            fused.append(name)
+    if (fused or fallback) and not later_layers_too:
+        notes.append(
+            f"LoRA layers added to this {type(model).__name__} later run as peft "
+            "until the next patch"
+        )
+    return PatchReport(
+        type(model).__name__, tuple(fused), fallback, untouched, tuple(unpatched), tuple(notes)
+    )
+
+
+class FastLoraModel(LoraModel):
+    """peft's ``LoraModel`` that patches the LoRA layers it is asked to add later."""
+
+    fastlora_dropout_mask: DropoutMask = "bits"
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        super()._create_and_replace(*args, **kwargs)
+        # (lora_config, adapter_name, target, target_name, parent, current_key): the same order in
+        # peft 0.15 to 0.21, given by position or by name.
+        target_name = args[3] if len(args) > 3 else kwargs["target_name"]
+        parent = args[4] if len(args) > 4 else kwargs["parent"]
+        layer = getattr(parent, target_name, None)
+        if type(layer) is PeftLinear:
+            layer.__class__ = LoRALinear
+            layer.__dict__["fastlora_dropout_mask"] = self.fastlora_dropout_mask
+
+
+FastLoraModel.__name__ = "LoraModel"  # get_model_status() reports it; pickle goes by __qualname__
+
+
+class _ExactlyLinear(type):
+    """Only ``nn.Linear`` itself counts as an instance: peft looks its key up by isinstance."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return type(instance) is nn.Linear
+
+
+class _PlainLinear(metaclass=_ExactlyLinear):
+    pass
+
+
+ConfigT = TypeVar("ConfigT", bound=LoraConfig)
+
+
+def enable_for(config: ConfigT) -> ConfigT:
+    """Mark a ``LoraConfig`` so that peft builds fused layers from it.
+
+    For APIs that take a config and build the peft model themselves, such as TRL's
+    ``SFTTrainer(peft_config=...)``. Only plain ``nn.Linear`` base layers are taken over, so
+    quantized ones keep peft's own class. The mark is not saved with the adapter: a model that is
+    loaded again needs ``fastlora.patch``.
+
+    Args:
+        config: any LoRA config; it is changed in place.
+
+    Returns:
+        The same config.
+
+    Raises:
+        TypeError: ``config`` is not a ``peft.LoraConfig``.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
+    config._register_custom_module({_PlainLinear: LoRALinear})
+    return config

@@ -1,0 +1,81 @@
+"""Fixtures for every test: poisoned memory, a spy on the path taken, and devices."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+# No test may reach for a hub, and none should wait for one.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill whatever fastlora allocates with NaN, so that an element it forgets to write is seen."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate):
+    def poisoned(*args, **kwargs):
+        out = allocate(*args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] == "fastlora":
+            out.fill_(float("nan") if out.is_floating_point() else 0xA5)
+        return out
+
+    return poisoned
+
+
+@dataclass
+class Spy:
+    """Counts of the forward calls of patched layers, by the path they took."""
+
+    fused: int = 0
+    peft: int = 0
+
+    def reset(self) -> None:
+        self.fused = self.peft = 0
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    from fastlora import layers
+
+    counts = Spy()
+    fused, plain = layers.apply_lora_linear, layers.PeftLinear.forward
+
+    def counted_fused(*args):
+        counts.fused += 1
+        return fused(*args)
+
+    def counted_plain(self, *args, **kwargs):
+        counts.peft += type(self) is layers.LoRALinear
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(layers, "apply_lora_linear", counted_fused)
+    monkeypatch.setattr(layers.PeftLinear, "forward", counted_plain)
+    return counts
