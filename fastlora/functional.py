@@ -148,45 +148,54 @@ class _LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        x, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
-        dx = da = db = dbias = None
-        with _without_autocast(dy.device.type):
-            if need_x or need_a or need_b:
-                dh, da, db = ops.adapter_grads(
-                    dy,
-                    x,
-                    h,
-                    lora_b,
-                    mask,
-                    ctx.gain,
-                    ctx.dropout_p,
-                    rank_dtype=ctx.rank_dtype,
-                    grad_dtype=ctx.adapter_dtype,
-                )
-            if need_x:
-                dx = ops.input_grad(
-                    dy,
-                    weight,
-                    dh,
-                    lora_a,
-                    mask,
-                    ctx.dropout_p,
-                    dtype=ctx.dtype,
-                    grad_dtype=ctx.x_dtype,
-                )
-            if need_bias:
-                dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-        return (
-            dx,
-            None,
-            dbias,
-            da if need_a else None,
-            db if need_b else None,
-            *(None,) * 6,
-        )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: the gradients depend on A, B and x, but carry no graph themselves.
+            # Without this, once_differentiable only says so where dy has one, and a gradient
+            # penalty would silently train nothing.
+            dy = dy.detach().requires_grad_()
+        return _backward(ctx, dy)
+
+
+@once_differentiable
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    x, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
+    dx = da = db = dbias = None
+    with _without_autocast(dy.device.type):
+        if need_x or need_a or need_b:
+            dh, da, db = ops.adapter_grads(
+                dy,
+                x,
+                h,
+                lora_b,
+                mask,
+                ctx.gain,
+                ctx.dropout_p,
+                rank_dtype=ctx.rank_dtype,
+                grad_dtype=ctx.adapter_dtype,
+            )
+        if need_x:
+            dx = ops.input_grad(
+                dy,
+                weight,
+                dh,
+                lora_a,
+                mask,
+                ctx.dropout_p,
+                dtype=ctx.dtype,
+                grad_dtype=ctx.x_dtype,
+            )
+        if need_bias:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+    return (
+        dx,
+        None,
+        dbias,
+        da if need_a else None,
+        db if need_b else None,
+        *(None,) * 6,
+    )
 
 
 def _without_autocast(device_type: str, enabled: bool | None = None) -> AbstractContextManager[Any]:

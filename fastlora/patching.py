@@ -49,6 +49,10 @@ class PatchReport:
 
     def __str__(self) -> str:
         """The report in one screen: a line of counts, then one line for each reason."""
+        return self.text(_NAMES_SHOWN)
+
+    def text(self, names_shown: int | None = None) -> str:
+        """Return the report with that many layer names for each reason, by default with all."""
         linears = len(self.fused) + len(self.fallback) + len(self.unpatched)
         if not linears and not self.untouched:
             return (
@@ -68,17 +72,18 @@ class PatchReport:
                 dict.fromkeys(self.unpatched, "fastlora.patch has not been called on it"),
             ),
         ):
-            lines += [f"  {title}: {line}" for line in _by_reason(layers)]
+            lines += [f"  {title}: {line}" for line in _by_reason(layers, names_shown)]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-def _by_reason(layers: Mapping[str, str]) -> Iterator[str]:
+def _by_reason(layers: Mapping[str, str], names_shown: int | None) -> Iterator[str]:
     names_of: dict[str, list[str]] = {}
     for name, reason in layers.items():
         names_of.setdefault(reason, []).append(name)
     for reason, names in sorted(names_of.items(), key=lambda item: -len(item[1])):
-        more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        yield f"{reason} ({', '.join(names[:_NAMES_SHOWN])}{more})"
+        shown = names[:names_shown]
+        more = f", and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        yield f"{reason} ({', '.join(shown)}{more})"
 
 
 def patch(
@@ -113,7 +118,7 @@ def patch(
     expected = _report(model, as_if_patched=True)
     complete = bool(expected.fused) and not expected.fallback and not expected.untouched
     if strict and not complete:
-        raise ValueError(f"strict patch refused, nothing was changed: {expected}")
+        raise ValueError(f"strict patch refused, nothing was changed: {expected.text()}")
     if not expected.fused and not expected.fallback and not expected.untouched:
         warnings.warn(str(expected), stacklevel=2)
     for module in model.modules():
@@ -154,7 +159,10 @@ def explain(model: nn.Module) -> str:
         if name in fused and isinstance(module, LoRALinear) and module.fastlora_last_reason
     }
     return "\n".join(
-        [str(report), *(f"  last call went to peft: {line}" for line in _by_reason(calls))]
+        [
+            str(report),
+            *(f"  last call went to peft: {line}" for line in _by_reason(calls, _NAMES_SHOWN)),
+        ]
     )
 
 

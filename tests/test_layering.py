@@ -1,0 +1,74 @@
+"""The structure that the design promises: imports in one direction, one stem in five places."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastlora"
+
+# Each module may import those that stand before it, and none that stand after.
+ORDER = ["dropout", "reference", "ops", "functional", "layers", "patching", "callback"]
+
+
+def imported_modules(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            names |= {prefix} | {f"{prefix}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_place_in_the_order():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_one_way(module):
+    later = {f"fastlora.{name}" for name in ORDER[ORDER.index(module) :]}
+    assert not imported_modules(PACKAGE / f"{module}.py") & later
+
+
+@pytest.mark.parametrize("module", ["dropout", "reference", "ops", "functional"])
+def test_the_operation_knows_neither_peft_nor_transformers(module):
+    names = {name.split(".")[0] for name in imported_modules(PACKAGE / f"{module}.py")}
+    assert not names & {"peft", "transformers"}
+
+
+def test_kernels_import_only_torch_triton_and_each_other():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for name in imported_modules(path):
+            allowed = name.startswith(".") or name.split(".")[0] in (
+                "torch",
+                "triton",
+                "__future__",
+            )
+            assert allowed, f"{path.name} imports {name}"
+
+
+def test_every_kernel_has_its_five_places():
+    for path in (ROOT / "kernels").glob("*.py"):
+        stem, source = path.stem, path.read_text(encoding="utf-8")
+        if f"def _{stem}_kernel" not in source:
+            continue
+        for module in ("reference", "ops"):
+            names = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+            assert f"def {stem}(" in names or f"{stem} = " in names, f"{module}.{stem} is missing"
+        assert (ROOT / f"tests/test_{stem}.py").exists()
+        assert (ROOT / f"benchmarks/bench_{stem}.py").exists()
+
+
+def test_no_test_or_example_names_a_device_of_its_own():
+    for folder in ("tests", "examples"):
+        for path in (ROOT / folder).glob("*.py"):
+            source = path.read_text(encoding="utf-8")
+            assert 'device="cuda' + '"' not in source, (
+                f"{path.name}: take the device as a parameter"
+            )
