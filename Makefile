@@ -45,12 +45,12 @@ bench-cpu: .venv/bench/.done  ## CPU time of a training step, against peft (abou
 
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0
-CORE   := tests/test_lora_linear.py tests/test_patching.py tests/test_peft_features.py tests/test_layers.py
+CORE   := tests/test_lora_linear.py tests/test_layers.py tests/test_patching.py $(wildcard tests/test_peft_features*.py)
 
 compat: $(COMPAT:%=compat-%)  ## the core tests with four pairs of peft and transformers
 
 compat-%: .venv/compat-%/.done
-	OMP_NUM_THREADS=1 .venv/compat-$*/bin/pytest -n 2 --dist loadgroup $(CORE)
+	OMP_NUM_THREADS=1 .venv/compat-$*/bin/pytest -n 2 --dist loadgroup -W default $(CORE) # their warnings are not ours
 
 .venv/compat-%/.done: pyproject.toml
 	$(PYTHON) -m venv $(@D)

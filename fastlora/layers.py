@@ -25,7 +25,10 @@ from fastlora.functional import FLOAT_DTYPES, DropoutMask, apply_lora_linear
 _PEFT_ARGUMENTS = frozenset(("adapter_names", "alora_offsets"))
 # torch calls these four on every module; reading a weight instead of calling its module skips them.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# peft's hotswap to another rank leaves a bare Tensor where the Parameter was.
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 _DEVICES = frozenset(("cpu", "cuda"))
+FUSED = "fused"  # what is recorded of a call that went to peft for no reason
 
 
 class LoRALinear(PeftLinear):
@@ -40,7 +43,7 @@ class LoRALinear(PeftLinear):
 
     # Instance attributes of the same names shadow these; none of them is part of the state_dict.
     fastlora_dropout_mask: DropoutMask = "bits"
-    fastlora_last_reason: str | None = None
+    fastlora_last_call: str | None = None  # FUSED, or why it went to peft; None before the first
 
     @classmethod
     def from_linear(
@@ -96,9 +99,9 @@ class LoRALinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``x [..., K]`` to ``[..., N]``, fused, or by peft where a rule says so."""
-        reason = state_reason(self) or call_reason(self, x, args, kwargs)
+        reason = _tracing_reason() or state_reason(self) or call_reason(self, x, args, kwargs)
         if not torch.compiler.is_compiling():
-            self.__dict__["fastlora_last_reason"] = reason  # what explain() reports
+            self.__dict__["fastlora_last_call"] = reason or FUSED  # what explain() reports
         if reason is not None:
             return super().forward(x, *args, **kwargs)
         adapter = _active_adapters(self)[0]
@@ -137,8 +140,13 @@ def _active_adapters(layer: PeftLinear) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def state_reason(layer: PeftLinear) -> str | None:
-    """Return why the layer, as it stands, is left to peft, or ``None`` if it is fused."""
+def state_reason(layer: PeftLinear, *, between_calls: bool = False) -> str | None:
+    """Return why the layer, as it stands, is left to peft, or ``None`` if it is fused.
+
+    Args:
+        layer: a LoRA linear, patched or not.
+        between_calls: accept sharded weights, which FSDP2 makes whole before it calls the layer.
+    """
     if layer._disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:
@@ -150,24 +158,35 @@ def state_reason(layer: PeftLinear) -> str | None:
         return f"{len(active)} adapters are active at once: {', '.join(active)}"
     return (
         _replaced_forward_reason(layer)
-        or _adapter_reason(layer, active[0])
-        or _base_reason(layer.base_layer)
+        or _adapter_reason(layer, active[0], between_calls)
+        or _base_reason(layer.base_layer, between_calls)
         or _weights_reason(layer, active[0])
         or _global_hooks_reason()
     )
 
 
+def is_sharded(layer: PeftLinear) -> bool:
+    """Return whether FSDP2 (or tensor parallelism) holds a weight of the layer in shards."""
+    return any(map(_is_dtensor, layer.parameters()))
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # By name: importing torch.distributed.tensor takes a second that most users need not spend.
+    return type(tensor).__name__ == "DTensor"
+
+
 def _replaced_forward_reason(layer: PeftLinear) -> str | None:
     if "forward" not in layer.__dict__:
         return None
-    # accelerate keeps the forward that it wraps; wrapped after patch(), it is the fused one.
-    wrapped = getattr(layer.__dict__.get("_old_forward"), "__func__", None)
-    if wrapped is LoRALinear.forward:
+    # accelerate keeps the forward that it wraps, and puts it back on the instance when its hook is
+    # removed; hooked after patch(), that is the fused one.
+    wrapped = layer.__dict__.get("_old_forward", layer.__dict__["forward"])
+    if getattr(wrapped, "__func__", None) is LoRALinear.forward:
         return None
     return "its forward was replaced on the instance before it was patched"
 
 
-def _adapter_reason(layer: PeftLinear, adapter: str) -> str | None:
+def _adapter_reason(layer: PeftLinear, adapter: str, between_calls: bool) -> str | None:
     if adapter in layer.lora_variant:
         return f"the adapter is a LoRA variant: {type(layer.lora_variant[adapter]).__name__}"
     if layer.fan_in_fan_out:
@@ -179,7 +198,7 @@ def _adapter_reason(layer: PeftLinear, adapter: str) -> str | None:
         return f"scaling is a {type(scaling).__name__}, not a number (compiled hotswap)"
     for name in ("lora_A", "lora_B"):
         module = getattr(layer, name)[adapter]
-        if reason := _plain_linear_reason(module):
+        if reason := _plain_linear_reason(module, between_calls):
             return f"{name} {reason}"
         if module.bias is not None:
             return f"{name} has a bias (lora_bias)"
@@ -193,15 +212,15 @@ def _adapter_reason(layer: PeftLinear, adapter: str) -> str | None:
     return None
 
 
-def _base_reason(base: nn.Module) -> str | None:
-    if reason := _plain_linear_reason(base):
+def _base_reason(base: nn.Module, between_calls: bool) -> str | None:
+    if reason := _plain_linear_reason(base, between_calls):
         return f"the base layer {reason}"
     if base.weight.requires_grad:
         return "the base weight is trained (requires_grad)"
     return None
 
 
-def _plain_linear_reason(module: nn.Module) -> str | None:
+def _plain_linear_reason(module: nn.Module, between_calls: bool) -> str | None:
     """Return why reading the module's weight would differ from calling it, or ``None``."""
     if type(module) is not nn.Linear:
         return f"is a {type(module).__name__}, not an nn.Linear"
@@ -214,14 +233,14 @@ def _plain_linear_reason(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "computes its weight (parametrization, weight norm or flattened parameters)"
-    if type(weight) is not nn.Parameter:
-        return f"has a weight of type {type(weight).__name__}"
+    for name, tensor in (("weight", weight), ("bias", module.bias)):
+        plain = tensor is None or type(tensor) in _PLAIN_TENSORS
+        if not plain and not (between_calls and _is_dtensor(tensor)):
+            return f"has a {name} of type {type(tensor).__name__}"
     if hasattr(weight, "ds_id"):
         return "has a weight that DeepSpeed ZeRO-3 gathers"
     if weight.is_meta:
         return "is on the meta device"
-    if module.bias is not None and type(module.bias) is not nn.Parameter:
-        return f"has a bias of type {type(module.bias).__name__}"
     return None
 
 
@@ -268,7 +287,7 @@ def call_reason(
     for name, value in kwargs.items():
         if value is not None or name not in _PEFT_ARGUMENTS:
             return f"it was called with {name}="
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if type(x) not in _PLAIN_TENSORS:
         return f"the input is a {type(x).__name__}"
     weight = layer.base_layer.weight
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -282,7 +301,7 @@ def call_reason(
             return f"autocast is on, but the input is {x.dtype} and the weight {weight.dtype}"
     elif x.dtype != weight.dtype:
         return f"the input is {x.dtype}, but the weight is {weight.dtype}, and autocast is off"
-    return _tracing_reason()
+    return None
 
 
 def _tracing_reason() -> str | None:

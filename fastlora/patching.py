@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from fastlora.functional import DROPOUT_MASKS, DropoutMask
-from fastlora.layers import LoRALinear, state_reason
+from fastlora.layers import FUSED, LoRALinear, is_sharded, state_reason
 
 _NAMES_SHOWN = 3  # of each group of layers in a report, so that it fits on one screen
 
@@ -36,6 +36,8 @@ class PatchReport:
             are asked again at every call.
         untouched: name and reason of each LoRA layer of another class, which ``patch`` leaves
             alone.
+        sharded: names of the patched layers whose weights FSDP2 shards between calls: whether they
+            are fused is only known when they are called.
         unpatched: names of the LoRA linears that ``patch`` has not been called on.
         notes: what else a reader should know, for example that later layers will not be fused.
     """
@@ -44,6 +46,7 @@ class PatchReport:
     fused: tuple[str, ...] = ()
     fallback: Mapping[str, str] = field(default_factory=dict)
     untouched: Mapping[str, str] = field(default_factory=dict)
+    sharded: tuple[str, ...] = ()
     unpatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -53,7 +56,7 @@ class PatchReport:
 
     def text(self, names_shown: int | None = None) -> str:
         """Return the report with that many layer names for each reason, by default with all."""
-        linears = len(self.fused) + len(self.fallback) + len(self.unpatched)
+        linears = sum(map(len, (self.fused, self.fallback, self.sharded, self.unpatched)))
         if not linears and not self.untouched:
             return (
                 f"{self.model} has no LoRA layers: fastlora fuses what peft.get_peft_model (or "
@@ -62,6 +65,8 @@ class PatchReport:
         lines = [
             f"fused {len(self.fused)} of {linears} LoRA linears; {len(self.fallback)} fall back"
         ]
+        if self.sharded:
+            lines[0] += f"; {len(self.sharded)} sharded, decided when they are called"
         if self.unpatched:
             lines[0] += f"; {len(self.unpatched)} not patched"
         for title, layers in (
@@ -116,10 +121,11 @@ def patch(
     if dropout_mask not in DROPOUT_MASKS:
         raise ValueError(f"dropout_mask must be one of {DROPOUT_MASKS}, got {dropout_mask!r}")
     expected = _report(model, as_if_patched=True)
-    complete = bool(expected.fused) and not expected.fallback and not expected.untouched
-    if strict and not complete:
+    patched = len(expected.fused) + len(expected.sharded)
+    others = len(expected.fallback) + len(expected.untouched)
+    if strict and (others or not patched):
         raise ValueError(f"strict patch refused, nothing was changed: {expected.text()}")
-    if not expected.fused and not expected.fallback and not expected.untouched:
+    if not (patched or others):
         warnings.warn(str(expected), stacklevel=2)
     for module in model.modules():
         if type(module) is PeftLinear:
@@ -136,11 +142,15 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is LoRALinear:
             module.__class__ = PeftLinear
+            for name in ("forward", "_old_forward"):  # where accelerate's hooks keep a forward
+                bound = module.__dict__.get(name)
+                if getattr(bound, "__func__", None) is LoRALinear.forward:
+                    module.__dict__[name] = PeftLinear.forward.__get__(module)
         elif type(module) is FastLoraModel:
             module.__class__ = LoraModel
         else:
             continue
-        for name in ("fastlora_dropout_mask", "fastlora_last_reason"):
+        for name in ("fastlora_dropout_mask", "fastlora_last_call"):
             module.__dict__.pop(name, None)
 
 
@@ -152,22 +162,22 @@ def explain(model: nn.Module) -> str:
     recorded.
     """
     report = _report(model)
-    fused = set(report.fused)
-    calls = {
-        name: module.fastlora_last_reason
+    decided_when_called = {*report.fused, *report.sharded}
+    last_calls = {
+        name: module.fastlora_last_call
         for name, module in model.named_modules()
-        if name in fused and isinstance(module, LoRALinear) and module.fastlora_last_reason
+        if name in decided_when_called and isinstance(module, LoRALinear)
     }
-    return "\n".join(
-        [
-            str(report),
-            *(f"  last call went to peft: {line}" for line in _by_reason(calls, _NAMES_SHOWN)),
-        ]
-    )
+    went_to_peft = {name: call for name, call in last_calls.items() if call not in (None, FUSED)}
+    lines = [f"  last call went to peft: {line}" for line in _by_reason(went_to_peft, _NAMES_SHOWN)]
+    if count := sum(last_calls[name] == FUSED for name in report.sharded):
+        lines.append(f"  last call was fused: {count} of {len(report.sharded)} sharded layers")
+    return "\n".join([str(report), *lines])
 
 
 def _report(model: nn.Module, as_if_patched: bool = False) -> PatchReport:
     fused: list[str] = []
+    sharded: list[str] = []
     unpatched: list[str] = []
     fallback: dict[str, str] = {}
     untouched: dict[str, str] = {}
@@ -182,17 +192,25 @@ def _report(model: nn.Module, as_if_patched: bool = False) -> PatchReport:
             unpatched.append(name)
         elif type(module) not in (PeftLinear, LoRALinear):
             untouched[name] = f"{type(module).__name__} is not peft's plain LoRA Linear"
-        elif reason := state_reason(module):
+        elif reason := state_reason(module, between_calls=True):
             fallback[name] = reason
+        elif is_sharded(module):
+            sharded.append(name)
         else:
             fused.append(name)
-    if (fused or fallback) and not later_layers_too:
+    if (fused or fallback or sharded) and not later_layers_too:
         notes.append(
             f"LoRA layers added to this {type(model).__name__} later run as peft "
             "until the next patch"
         )
     return PatchReport(
-        type(model).__name__, tuple(fused), fallback, untouched, tuple(unpatched), tuple(notes)
+        model=type(model).__name__,
+        fused=tuple(fused),
+        fallback=fallback,
+        untouched=untouched,
+        sharded=tuple(sharded),
+        unpatched=tuple(unpatched),
+        notes=tuple(notes),
     )
 
 

@@ -76,9 +76,12 @@ def worker(rank: int, folder: Path) -> None:
         fastlora.patch(patched, strict=True)
         fused = mock.patch.object(layers, "apply_lora_linear", wraps=layers.apply_lora_linear)
         with fused as spy:
-            ours = gradients(wrap(patched), own_ids)
+            wrapped = wrap(patched)
+            before = str(fastlora.patch(wrapped, strict=True))  # again, as a callback would
+            ours = gradients(wrapped, own_ids)
         peft = gradients(wrap(copy.deepcopy(plain)), own_ids)
         results[name] = {"ours": ours, "peft": peft, "fused_calls": spy.call_count}
+        results[name] |= {"before": before, "after": fastlora.explain(wrapped)}
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -131,3 +134,20 @@ def test_every_process_has_the_same_gradients(results: list[dict[str, dict]], wr
 def test_every_call_is_fused(results: list[dict[str, dict]], wrapper: str) -> None:
     for result in results:
         assert result[wrapper]["fused_calls"] == LINEARS
+
+
+def test_report_of_a_replicated_model_is_that_of_the_model(results: list[dict[str, dict]]) -> None:
+    for result in results:
+        assert result["DDP"]["before"].splitlines()[0] == "fused 14 of 14 LoRA linears; 0 fall back"
+        assert result["DDP"]["after"] == result["DDP"]["before"]
+
+
+def test_report_of_a_sharded_model_tells_what_the_last_call_did(
+    results: list[dict[str, dict]],
+) -> None:
+    # Between calls the weights are DTensors, inside of one plain tensors.
+    counts = "fused 0 of 14 LoRA linears; 0 fall back; 14 sharded, decided when they are called"
+    for result in results:
+        assert result["FSDP2"]["before"] == counts
+        last_call = "  last call was fused: 14 of 14 sharded layers"
+        assert result["FSDP2"]["after"] == f"{counts}\n{last_call}"
