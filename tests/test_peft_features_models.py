@@ -157,7 +157,7 @@ def test_gradient_checkpointing_is_fused(spy: Spy, use_reentrant: bool) -> None:
     """Row: gradient checkpointing reentrant / not."""
 
     # Checkpointing switches the cache off, which in transformers 4 changes how attention rounds.
-    def model(**lora: float) -> PeftModel:
+    def model(**lora: float) -> peft.PeftModel:
         return tiny_peft(model=tiny_model("qwen2", use_cache=False), **lora)
 
     def checkpoint(model: nn.Module) -> None:
