@@ -59,6 +59,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _mask_rows(mask: Tensor) -> Tensor:
+    """Flatten packed bits to ``[M, ceil(K / 8)]``; a seed (int64 scalar) stays as it is."""
+    return _rows(mask) if mask.dtype == torch.uint8 else mask
+
+
 def _masked_pieces(matrix: Tensor) -> Iterator[slice]:
     """Split the rows of a masked operand so that its mask is drawn or read in cache."""
     rows, columns = matrix.shape
@@ -206,10 +211,11 @@ def _masked_product(
         return dh_rows.t() @ x_rows.to(dh_rows.dtype)
     # The pieces are summed in fp32 at least: rounding a running sum to bf16 would add up.
     wide = torch.promote_types(dh_rows.dtype, torch.float32)
+    mask = _mask_rows(mask)
     total = dh_rows.new_zeros((dh_rows.shape[1], x_rows.shape[1]), dtype=wide)
     for piece in _masked_pieces(x_rows):
         part = x_rows[piece].to(dh_rows.dtype)
-        keep = dropout.keep_rows(_mask_rows(mask), piece, part.shape[1], dropout_p)
+        keep = dropout.keep_rows(mask, piece, part.shape[1], dropout_p)
         total += dh_rows[piece].t() @ (part * keep)
     return total
 
@@ -237,16 +243,12 @@ def _input_grad(
     if mask is None:
         _add_product(dx_rows, dh_rows, a, 1.0)
         return dx
+    mask = _mask_rows(mask)
     for piece in _masked_pieces(dx_rows):
         low_rank = dh_rows[piece] @ a
-        keep = dropout.keep_rows(_mask_rows(mask), piece, low_rank.shape[1], dropout_p)
+        keep = dropout.keep_rows(mask, piece, low_rank.shape[1], dropout_p)
         dx_rows[piece] += low_rank.mul_(keep)
     return dx
-
-
-def _mask_rows(mask: Tensor) -> Tensor:
-    """Flatten packed bits to ``[M, ceil(K / 8)]``; a seed (int64 scalar) stays as it is."""
-    return _rows(mask) if mask.dtype == torch.uint8 else mask
 
 
 def _input_grad_output(
