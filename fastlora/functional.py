@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlora import dropout, ops, reference
 
@@ -60,9 +59,14 @@ def lora_linear(
 
     Hu et al., LoRA, 2021, https://arxiv.org/abs/2106.09685, eq. 3.
     """
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires a gradient, but lora_linear treats it as frozen: call "
+            "weight.requires_grad_(False), or use torch.nn.functional.linear for a trained weight"
+        )
     _check_shapes(x, weight, bias, lora_a, lora_b)
     _check_dtypes(x, weight, bias, lora_a, lora_b)
-    _check_numbers(weight, scaling, dropout_p, dropout_mask)
+    _check_options(scaling, dropout_p, dropout_mask)
     return apply_lora_linear(
         x, weight, bias, lora_a, lora_b, scaling, dropout_p, _as_seed(seed, x), dropout_mask
     )
@@ -81,7 +85,8 @@ def apply_lora_linear(
 ) -> Tensor:
     """``lora_linear`` without its checks, for callers that have made them."""
     device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    # torch raises when it is asked about the meta device.
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast:
         dtype = rank_dtype = torch.get_autocast_dtype(device_type)
     else:
@@ -101,7 +106,7 @@ def apply_lora_linear(
     )
     if needs_grad:
         return _LoRALinearFunction.apply(*tensors, *numbers)
-    with _without_autocast(device_type, autocast):
+    with _without_autocast(device_type):
         h, _ = ops.shrink(x, lora_a, seed, dropout_p, False, rank_dtype=rank_dtype)
         return ops.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
 
@@ -149,15 +154,23 @@ class _LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph=True: the gradients depend on A, B and x, but carry no graph themselves.
-            # Without this, once_differentiable only says so where dy has one, and a gradient
-            # penalty would silently train nothing.
-            dy = dy.detach().requires_grad_()
-        return _backward(ctx, dy)
+        with torch.no_grad():
+            grads = _backward(ctx, dy)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        # create_graph=True. The gradients depend on x, A and B but carry no graph: a penalty on
+        # them would silently train nothing. (torch's once_differentiable says so only where dy
+        # has a graph of its own.)
+        refuse: Any = torch._C._functions.DelayedError(_NOT_TWICE, len(grads))
+        return tuple(refuse(*(None if g is None else g.detach().requires_grad_() for g in grads)))
 
 
-@once_differentiable
+_NOT_TWICE = (
+    b"fastlora's lora_linear cannot be differentiated twice; call fastlora.unpatch(model) before "
+    b"the forward pass to have peft's layers, which can"
+)
+
+
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     x, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
@@ -172,6 +185,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 mask,
                 ctx.gain,
                 ctx.dropout_p,
+                need_dh=need_x or need_a,
                 rank_dtype=ctx.rank_dtype,
                 grad_dtype=ctx.adapter_dtype,
             )
@@ -198,11 +212,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _without_autocast(device_type: str, enabled: bool | None = None) -> AbstractContextManager[Any]:
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Switch autocast off: the operators are told their dtypes and cast by themselves."""
-    if enabled is None:
-        enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _as_seed(seed: int | Tensor | None, x: Tensor) -> Tensor | None:
@@ -215,6 +229,8 @@ def _as_seed(seed: int | Tensor | None, x: Tensor) -> Tensor | None:
                 f"{tuple(seed.shape)} {seed.dtype} on {seed.device} and x on {x.device}"
             )
         return seed.reshape(())
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, a tensor or None, got {seed!r}")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed must lie in [0, 2**63), got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=x.device)
@@ -227,6 +243,8 @@ def _check_shapes(
         if matrix.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(matrix.shape)}")
     (n, k), (rank, a_columns), (b_rows, b_columns) = weight.shape, lora_a.shape, lora_b.shape
+    if n == 0 or k == 0:
+        raise ValueError(f"weight has no elements: {(n, k)}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but weight {(n, k)} takes {k} features "
@@ -259,7 +277,7 @@ def _check_dtypes(
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
     if lora_a.dtype != lora_b.dtype:
         raise ValueError(f"lora_a is {lora_a.dtype}, but lora_b is {lora_b.dtype}")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         for name, tensor in named.items():
             if tensor is not None and tensor.dtype == torch.float64:
                 raise ValueError(f"autocast leaves fp64 alone, but {name} is {tensor.dtype}")
@@ -270,16 +288,10 @@ def _check_dtypes(
         raise ValueError(f"bias is {bias.dtype}, but weight is {weight.dtype}, and autocast is off")
 
 
-def _check_numbers(
-    weight: Tensor, scaling: float, dropout_p: float, dropout_mask: DropoutMask
-) -> None:
-    if weight.requires_grad:
-        raise ValueError(
-            "weight requires a gradient, but lora_linear treats it as frozen: call "
-            "weight.requires_grad_(False), or use torch.nn.functional.linear for a trained weight"
-        )
-    if isinstance(scaling, Tensor):
-        raise TypeError("scaling must be a number, got a tensor; pass scaling.item()")
+def _check_options(scaling: float, dropout_p: float, dropout_mask: DropoutMask) -> None:
+    for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if dropout_mask not in DROPOUT_MASKS:

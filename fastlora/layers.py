@@ -1,6 +1,6 @@
 """``LoRALinear``: peft's LoRA ``Linear`` with a fused forward, and the rules of when it is taken.
 
-The class adds no parameter, buffer or submodule and overrides ``forward`` alone, so a peft layer
+The class adds no parameter, buffer or submodule and changes nothing but ``forward``, so a layer
 becomes one by ``layer.__class__ = LoRALinear`` and everything else that peft does with it (saving,
 merging, switching adapters, ...) is peft's own code. Whatever is not the plain case is handed to
 peft's ``forward``; the decision is made at every call, because device, dtype, autocast and the
@@ -28,7 +28,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # peft's hotswap to another rank leaves a bare Tensor where the Parameter was.
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 _DEVICES = frozenset(("cpu", "cuda"))
-FUSED = "fused"  # what is recorded of a call that went to peft for no reason
+FUSED = "fused"  # what is recorded of a call that did not go to peft
 
 
 class LoRALinear(PeftLinear):
@@ -43,6 +43,7 @@ class LoRALinear(PeftLinear):
 
     # Instance attributes of the same names shadow these; none of them is part of the state_dict.
     fastlora_dropout_mask: DropoutMask = "bits"
+    fastlora_takes_adapter_files: bool = False
     fastlora_last_call: str | None = None  # FUSED, or why it went to peft; None before the first
 
     @classmethod
@@ -60,7 +61,8 @@ class LoRALinear(PeftLinear):
         """Put a LoRA adapter on a linear layer, without a peft model.
 
         Args:
-            linear: the base layer, kept as ``base_layer`` and frozen (``requires_grad_(False)``).
+            linear: the base layer, kept as ``base_layer`` and frozen (``requires_grad_(False)``). A
+                subclass, which may keep its weight in another form, is refused.
             r: rank of the adapter, at least 1.
             lora_alpha: the adapter's scaling is ``lora_alpha / r``.
             lora_dropout: probability of zeroing an element of the adapter's input, in ``[0, 1)``.
@@ -76,11 +78,11 @@ class LoRALinear(PeftLinear):
             ``lora_B.weight``.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``.
+            TypeError: ``linear`` is not exactly an ``nn.Linear``.
             ValueError: the rank is not positive, or ``lora_dropout`` is outside ``[0, 1)``.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be a plain torch.nn.Linear, got {type(linear).__name__}")
         if r < 1:
             raise ValueError(f"r must be a positive integer, got {r}")
         if not 0.0 <= lora_dropout < 1.0:
@@ -95,6 +97,7 @@ class LoRALinear(PeftLinear):
             options = {"config": LoraConfig(r=r, lora_alpha=lora_alpha, **options)}
         layer = cls(linear, adapter_name, r=r, lora_alpha=lora_alpha, **options)
         linear.requires_grad_(False)
+        layer.fastlora_takes_adapter_files = True
         return layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -126,8 +129,9 @@ class LoRALinear(PeftLinear):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # peft's adapter files leave the adapter's name out of their keys.
-        if len(self.lora_A) == 1:
+        # peft's adapter files leave the adapter's name out of their keys. In a peft model peft
+        # itself puts it back.
+        if self.fastlora_takes_adapter_files and len(self.lora_A) == 1:
             (adapter,) = self.lora_A
             for part in ("lora_A", "lora_B"):
                 if (key := f"{prefix}{part}.weight") in state_dict:
@@ -166,7 +170,7 @@ def state_reason(layer: PeftLinear, *, between_calls: bool = False) -> str | Non
 
 
 def is_sharded(layer: PeftLinear) -> bool:
-    """Return whether FSDP2 (or tensor parallelism) holds a weight of the layer in shards."""
+    """Return whether a weight of the layer is a DTensor, as it stands."""
     return any(map(_is_dtensor, layer.parameters()))
 
 
@@ -231,6 +235,8 @@ def _plain_linear_reason(module: nn.Module, between_calls: bool) -> str | None:
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "has hooks"
     weight = module._parameters.get("weight")
+    if weight is None and "_is_replica" in module.__dict__:
+        weight = module.__dict__.get("weight")  # nn.DataParallel's copies hold plain tensors
     if weight is None:
         return "computes its weight (parametrization, weight norm or flattened parameters)"
     for name, tensor in (("weight", weight), ("bias", module.bias)):
@@ -255,13 +261,16 @@ def _weights_reason(layer: PeftLinear, adapter: str) -> str | None:
         return f"weight, lora_A and lora_B do not fit together: {shapes}"
     if a.dtype != b.dtype:
         return f"lora_A is {a.dtype}, but lora_B is {b.dtype}"
+    if base.numel() == 0:
+        return f"the base weight has no elements: {tuple(base.shape)}"
     if base.dtype not in FLOAT_DTYPES or a.dtype not in FLOAT_DTYPES:
         return f"the weights are {base.dtype} and {a.dtype}"
     bias = layer.base_layer.bias
     if bias is not None and bias.dtype != base.dtype:
         return f"the base weight is {base.dtype}, but its bias is {bias.dtype}"
-    if not base.device == a.device == b.device:
-        return f"the base weight is on {base.device}, but the adapter is on {a.device}"
+    for other in (a, b) if bias is None else (a, b, bias):
+        if other.device != base.device:
+            return f"the base weight is on {base.device}, but another part is on {other.device}"
     if base.device.type not in _DEVICES:
         return f"fastlora has no implementation for {base.device.type}"
     return None
@@ -297,8 +306,10 @@ def call_reason(
     if x.device != weight.device:
         return f"the input is on {x.device}, but the weight is on {weight.device}"
     if torch.is_autocast_enabled(x.device.type):
-        if torch.float64 in (x.dtype, weight.dtype) or x.dtype not in FLOAT_DTYPES:
-            return f"autocast is on, but the input is {x.dtype} and the weight {weight.dtype}"
+        adapter = layer.lora_A[_active_adapters(layer)[0]].weight
+        dtypes = (x.dtype, weight.dtype, adapter.dtype)
+        if torch.float64 in dtypes or x.dtype not in FLOAT_DTYPES:
+            return "autocast is on, but input, weight and adapter are {}, {}, {}".format(*dtypes)
     elif x.dtype != weight.dtype:
         return f"the input is {x.dtype}, but the weight is {weight.dtype}, and autocast is off"
     return None

@@ -7,9 +7,9 @@ implementation for every device; a Triton kernel is added by registering the sam
 ``autograd.Function`` in ``functional.py`` (27-32 us a call against 76-97 us for
 ``torch.library.custom_op`` with ``register_autograd``, torch 2.13, CPU).
 
-The plain implementation computes what ``reference.py`` defines, with the same few roundings as a
-kernel: one for the frozen GEMM and one for the sum, never one for the low-rank term alone. It also
-walks the rows in pieces that stay in cache wherever a dropout mask is drawn or read.
+The plain implementation computes what ``reference.py`` defines, with one rounding for the frozen
+GEMM and one for the sum (under dropout, dx rounds its low-rank term too, as peft does). It walks
+the rows in pieces wherever a dropout mask is drawn or read.
 
 Dtypes: every tensor is taken as it is stored. ``dtype`` and ``rank_dtype`` say what to compute in,
 so that autocast casts an fp32 adapter inside the operator and no cast copy is ever saved.
@@ -39,7 +39,7 @@ _SCHEMAS = {
     ),
     "adapter_grads": (
         "(Tensor dy, Tensor? x, Tensor? h, Tensor lora_b, Tensor? mask, float gain, "
-        "float dropout_p, *, ScalarType rank_dtype, ScalarType grad_dtype) "
+        "float dropout_p, *, bool need_dh=True, ScalarType rank_dtype, ScalarType grad_dtype) "
         "-> (Tensor dh, Tensor da, Tensor db)"
     ),
     "input_grad": (
@@ -51,7 +51,9 @@ _SCHEMAS = {
 # 65,536 Philox counters are 0.5 MiB of int64: the generator's temporaries stay in the L2 cache of a
 # CPU core (1024 x 1536 on two cores: 5.4 ms, against 7.2 ms in one piece and 10.9 ms for
 # nn.Dropout).
-_COUNTERS_PER_PIECE = 1 << 16
+_COUNTERS_PER_CPU_PIECE = 1 << 16
+# Elsewhere larger pieces keep the launches few and the temporaries, 9 bytes an element, small.
+_COUNTERS_PER_PIECE = 1 << 22
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -65,11 +67,10 @@ def _mask_rows(mask: Tensor) -> Tensor:
 
 
 def _masked_pieces(matrix: Tensor) -> Iterator[slice]:
-    """Split the rows of a masked operand so that its mask is drawn or read in cache."""
+    """Split the rows of a masked operand into pieces for whose mask there is room."""
     rows, columns = matrix.shape
-    step = max(rows, 1)
-    if matrix.device.type == "cpu":
-        step = max(1, _COUNTERS_PER_PIECE * dropout.LANES // max(columns, 1))
+    counters = _COUNTERS_PER_CPU_PIECE if matrix.device.type == "cpu" else _COUNTERS_PER_PIECE
+    step = max(1, counters * dropout.LANES // columns)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
@@ -165,16 +166,27 @@ def _adapter_grads(
     gain: float,
     dropout_p: float,
     *,
+    need_dh: bool = True,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy_rows = _rows(dy).to(rank_dtype)
     dh, da, db = _adapter_grads_outputs(
-        dy, x, h, lora_b, mask, gain, dropout_p, rank_dtype=rank_dtype, grad_dtype=grad_dtype
+        dy,
+        x,
+        h,
+        lora_b,
+        mask,
+        gain,
+        dropout_p,
+        need_dh=need_dh,
+        rank_dtype=rank_dtype,
+        grad_dtype=grad_dtype,
     )
     dh_rows = _rows(dh)
-    # beta = 0: the product is scaled before it is rounded, and what dh held is never read.
-    torch.addmm(dh_rows, dy_rows, lora_b.to(rank_dtype), beta=0, alpha=gain, out=dh_rows)
+    if need_dh:
+        # beta = 0: the product is scaled before it is rounded, and what dh held is never read.
+        torch.addmm(dh_rows, dy_rows, lora_b.to(rank_dtype), beta=0, alpha=gain, out=dh_rows)
     if h is not None:
         # Into the rank's dtype first: a GEMM cannot store fp32 from half-precision operands here.
         product = db.to(rank_dtype)
@@ -193,11 +205,12 @@ def _adapter_grads_outputs(
     gain: float,
     dropout_p: float,
     *,
+    need_dh: bool = True,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rank = lora_b.shape[1]
-    dh = dy.new_empty((*dy.shape[:-1], rank), dtype=rank_dtype)
+    dh = dy.new_empty((*dy.shape[:-1], rank) if need_dh else (0, rank), dtype=rank_dtype)
     da = dy.new_empty((0 if x is None else rank, 0 if x is None else x.shape[-1]), dtype=grad_dtype)
     db = dy.new_empty((0 if h is None else lora_b.shape[0], rank), dtype=grad_dtype)
     return dh, da, db

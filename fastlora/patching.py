@@ -106,12 +106,14 @@ def patch(
         dropout_mask: how the backward pass finds the dropout mask again: ``"bits"`` saves one bit
             for each element of a layer's input; ``"recompute"`` saves a seed and draws the mask
             again.
-        strict: raise, and change nothing, unless every LoRA layer is fused as the model stands.
+        strict: raise, and change nothing, unless every LoRA layer is fused as the model stands now
+            (layers that FSDP2 shards count as fused).
 
     Returns:
         A report whose text says how many layers are fused and why the others are not.
 
     Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
         ValueError: ``dropout_mask`` is neither of the two; or ``strict`` and the model has no LoRA
             layer or one that would not be fused (the message lists them).
 
@@ -120,6 +122,8 @@ def patch(
     """
     if dropout_mask not in DROPOUT_MASKS:
         raise ValueError(f"dropout_mask must be one of {DROPOUT_MASKS}, got {dropout_mask!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     expected = _report(model, as_if_patched=True)
     patched = len(expected.fused) + len(expected.sharded)
     others = len(expected.fallback) + len(expected.untouched)
@@ -138,8 +142,18 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every layer back to peft, exactly as it was before ``patch``."""
+    """Give every layer back to peft, exactly as it was before ``patch``.
+
+    Warns:
+        UserWarning: a layer was wrapped by itself after ``patch`` (``fully_shard(layer)``): its
+            class cannot be changed back, and it stays fused.
+    """
     for module in model.modules():
+        if isinstance(module, LoRALinear) and type(module) is not LoRALinear:
+            warnings.warn(
+                f"a {type(module).__name__} cannot be unpatched: it was wrapped after patch",
+                stacklevel=2,
+            )
         if type(module) is LoRALinear:
             module.__class__ = PeftLinear
             for name in ("forward", "_old_forward"):  # where accelerate's hooks keep a forward
@@ -183,22 +197,28 @@ def _report(model: nn.Module, as_if_patched: bool = False) -> PatchReport:
     untouched: dict[str, str] = {}
     notes: list[str] = []
     later_layers_too = False
+    fsdp_units: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, LoraModel if as_if_patched else FastLoraModel):
             later_layers_too = True
+        if _is_fsdp_unit(module):
+            fsdp_units.append(name)
         if not isinstance(module, LoraLayer):
             continue
         if type(module) is PeftLinear and not as_if_patched:
             unpatched.append(name)
-        elif type(module) not in (PeftLinear, LoRALinear):
+        elif type(module) is not PeftLinear and not isinstance(module, LoRALinear):
             untouched[name] = f"{type(module).__name__} is not peft's plain LoRA Linear"
-        elif reason := state_reason(module, between_calls=True):
+            if name in fsdp_units:
+                untouched[name] += " (patch before fully_shard)"
+        elif reason := state_reason(module, between_calls=_lies_in(name, fsdp_units)):
             fallback[name] = reason
         elif is_sharded(module):
             sharded.append(name)
         else:
             fused.append(name)
-    if (fused or fallback or sharded) and not later_layers_too:
+    adapters_can_be_added = getattr(model, "peft_config", None) is not None
+    if (fused or fallback or sharded) and adapters_can_be_added and not later_layers_too:
         notes.append(
             f"LoRA layers added to this {type(model).__name__} later run as peft "
             "until the next patch"
@@ -212,6 +232,16 @@ def _report(model: nn.Module, as_if_patched: bool = False) -> PatchReport:
         unpatched=tuple(unpatched),
         notes=tuple(notes),
     )
+
+
+def _is_fsdp_unit(module: nn.Module) -> bool:
+    """Return whether ``fully_shard`` was called on the module: it makes its parameters whole."""
+    # By name: importing torch.distributed.fsdp takes a second that most users need not spend.
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _lies_in(name: str, units: list[str]) -> bool:
+    return any(name == unit or not unit or name.startswith(f"{unit}.") for unit in units)
 
 
 class FastLoraModel(LoraModel):
@@ -235,14 +265,29 @@ FastLoraModel.__name__ = "LoraModel"  # get_model_status() reports it; pickle go
 
 
 class _ExactlyLinear(type):
-    """Only ``nn.Linear`` itself counts as an instance: peft looks its key up by isinstance."""
+    """Only an ``nn.Linear`` with an ordinary weight is an instance: peft looks up by isinstance.
+
+    A subclass, or a weight that is one (torchao), has a LoRA layer of its own in peft.
+    """
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return type(instance) is nn.Linear
+        if type(instance) is not nn.Linear:
+            return False
+        return type(instance._parameters.get("weight")) is nn.Parameter
 
 
 class _PlainLinear(metaclass=_ExactlyLinear):
     pass
+
+
+def _new_layer(target: nn.Module, adapter_name: str, **kwargs: Any) -> LoRALinear | None:
+    """Build a fused layer for peft, or return ``None`` to leave it to peft's own dispatchers."""
+    config = kwargs.get("config")
+    fan_in_fan_out = kwargs.get("fan_in_fan_out", getattr(config, "fan_in_fan_out", False))
+    # peft wraps a single parameter in another class, and corrects fan_in_fan_out with a warning.
+    if kwargs.get("parameter_name") is not None or fan_in_fan_out:
+        return None
+    return LoRALinear(target, adapter_name, **kwargs)
 
 
 ConfigT = TypeVar("ConfigT", bound=LoraConfig)
@@ -252,9 +297,9 @@ def enable_for(config: ConfigT) -> ConfigT:
     """Mark a ``LoraConfig`` so that peft builds fused layers from it.
 
     For APIs that take a config and build the peft model themselves, such as TRL's
-    ``SFTTrainer(peft_config=...)``. Only plain ``nn.Linear`` base layers are taken over, so
-    quantized ones keep peft's own class. The mark is not saved with the adapter: a model that is
-    loaded again needs ``fastlora.patch``.
+    ``SFTTrainer(peft_config=...)``. Only plain ``nn.Linear`` base layers with ordinary weights are
+    taken over; everything else is built by peft. The mark is not saved with the adapter: a model
+    that is loaded again needs ``fastlora.patch``.
 
     Args:
         config: any LoRA config; it is changed in place.
@@ -267,5 +312,5 @@ def enable_for(config: ConfigT) -> ConfigT:
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
-    config._register_custom_module({_PlainLinear: LoRALinear})
+    config._register_custom_module({_PlainLinear: _new_layer})
     return config

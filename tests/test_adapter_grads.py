@@ -64,6 +64,9 @@ def test_leaves_out_what_is_not_asked_for():
     assert torch.equal(dh, all_dh)
     assert torch.equal(db, all_db)
     assert da.numel() == 0
+    dh, _, db = ops.adapter_grads(dy, None, h, b, None, GAIN, 0.0, need_dh=False, **options)
+    assert torch.equal(db, all_db)
+    assert dh.numel() == 0
 
 
 def test_gradients_come_in_the_dtype_of_the_adapter():

@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -39,7 +41,20 @@ def in_fsdp2(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"DDP": in_ddp, "FSDP2": in_fsdp2}
+def in_fsdp2_by_linear(model: nn.Module) -> nn.Module:
+    """Shard a model with each LoRA linear as a unit of its own."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    for module in list(model.modules()):
+        if isinstance(module, PeftLinear):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": in_ddp,
+    "FSDP2": in_fsdp2,
+    "FSDP2-by-linear": in_fsdp2_by_linear,
+}
 
 
 def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
@@ -82,6 +97,10 @@ def worker(rank: int, folder: Path) -> None:
         peft = gradients(wrap(copy.deepcopy(plain)), own_ids)
         results[name] = {"ours": ours, "peft": peft, "fused_calls": spy.call_count}
         results[name] |= {"before": before, "after": fastlora.explain(wrapped)}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fastlora.unpatch(wrapped)
+        results[name]["unpatch_warnings"] = [str(warning.message) for warning in caught]
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -148,6 +167,17 @@ def test_report_of_a_sharded_model_tells_what_the_last_call_did(
     # Between calls the weights are DTensors, inside of one plain tensors.
     counts = "fused 0 of 14 LoRA linears; 0 fall back; 14 sharded, decided when they are called"
     for result in results:
-        assert result["FSDP2"]["before"] == counts
-        last_call = "  last call was fused: 14 of 14 sharded layers"
-        assert result["FSDP2"]["after"] == f"{counts}\n{last_call}"
+        for wrapper in ("FSDP2", "FSDP2-by-linear"):
+            assert result[wrapper]["before"] == counts
+            last_call = "  last call was fused: 14 of 14 sharded layers"
+            assert result[wrapper]["after"] == f"{counts}\n{last_call}"
+
+
+def test_layer_that_was_wrapped_by_itself_cannot_be_unpatched(
+    results: list[dict[str, dict]],
+) -> None:
+    for result in results:
+        assert result["DDP"]["unpatch_warnings"] == []
+        messages = result["FSDP2-by-linear"]["unpatch_warnings"]
+        assert len(messages) == LINEARS
+        assert "FSDPLoRALinear cannot be unpatched" in messages[0]

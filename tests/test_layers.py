@@ -153,7 +153,13 @@ def test_unpatch_makes_it_a_peft_layer():
 @pytest.mark.parametrize(
     ("linear", "settings", "error", "message"),
     [
-        (nn.ReLU(), {}, TypeError, "torch.nn.Linear, got ReLU"),
+        (nn.Bilinear(3, 3, 3), {}, TypeError, "plain torch.nn.Linear, got Bilinear"),
+        (
+            nn.modules.linear.NonDynamicallyQuantizableLinear(3, 3),
+            {},
+            TypeError,
+            "plain torch.nn.Linear, got NonDynamicallyQuantizableLinear",
+        ),
         (nn.Linear(3, 3), {"r": 0}, ValueError, "positive integer, got 0"),
         (nn.Linear(3, 3), {"lora_dropout": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
         (nn.Linear(3, 3), {"lora_dropout": -0.1}, ValueError, r"\[0, 1\), got -0.1"),

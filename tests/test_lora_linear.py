@@ -25,7 +25,7 @@ DTYPES = [
     pytest.param((BF16, BF16, FP32, None), id="bf16-base"),
     pytest.param((FP16, FP16, FP32, None), id="fp16-base"),
     pytest.param((FP32, FP32, BF16, None), id="bf16-adapter"),
-    # Trainer's and TRL's default: the same under autocast, x in fp32 after a norm or in bf16.
+    # TRL's default, and Trainer's with bf16=True: the same under autocast, x in fp32 or in bf16.
     pytest.param((BF16, BF16, FP32, BF16), id="autocast-bf16-base"),
     pytest.param((FP32, BF16, FP32, BF16), id="autocast-bf16-base-fp32-x"),
     pytest.param((FP32, FP32, FP32, BF16), id="autocast-bf16"),
@@ -205,7 +205,7 @@ def test_only_the_gradient_that_is_asked_for_is_computed(wanted, monkeypatch):
         monkeypatch.setattr(
             functional.ops,
             name,
-            lambda *a, _op=operator, _name=name, **k: calls.append((_name, a)) or _op(*a, **k),
+            lambda *a, _op=operator, _name=name, **k: calls.append((_name, a, k)) or _op(*a, **k),
         )
     inputs = make_inputs()
     expected = gradients(lambda **t: lora_linear(**t, scaling=SCALING), inputs)
@@ -215,18 +215,16 @@ def test_only_the_gradient_that_is_asked_for_is_computed(wanted, monkeypatch):
     }
     results = gradients(lambda **t: lora_linear(**t, scaling=SCALING), alone)
     assert torch.equal(results[f"d{wanted}"], expected[f"d{wanted}"])
-    operators = [name for name, _ in calls]
-    assert (
-        operators
-        == {
-            "x": ["adapter_grads", "input_grad"],
-            "bias": [],
-            "lora_a": ["adapter_grads"],
-            "lora_b": ["adapter_grads"],
-        }[wanted]
-    )
+    expected_operators = {
+        "x": ["adapter_grads", "input_grad"],
+        "bias": [],
+        "lora_a": ["adapter_grads"],
+        "lora_b": ["adapter_grads"],
+    }
+    assert [name for name, *_ in calls] == expected_operators[wanted]
     if wanted != "bias":
-        _, (_, x, h, *_) = calls[0]
+        _, (_, x, h, *_), options = calls[0]
+        assert options["need_dh"] == (wanted != "lora_b")
         assert (x is not None) == (wanted == "lora_a")
         assert (h is not None) == (wanted == "lora_b")
 
@@ -418,7 +416,9 @@ def test_second_derivative_is_refused():
     y = lora_linear(**inputs, scaling=SCALING)
     (dx,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
     gradient_penalty = y.sum() + dx.square().sum()
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(
+        RuntimeError, match=r"lora_linear cannot be differentiated twice; call fastlora.unpatch"
+    ):
         gradient_penalty.backward()
 
 
@@ -524,6 +524,15 @@ REFUSED = [
     ),
     pytest.param(
         lambda: changed(scaling=torch.tensor(2.0)), TypeError, ["scaling"], id="tensor-scaling"
+    ),
+    pytest.param(lambda: changed(scaling="2"), TypeError, ["scaling", "'2'"], id="text-scaling"),
+    pytest.param(lambda: changed(dropout_p="0.1"), TypeError, ["dropout_p", "'0.1'"], id="text-p"),
+    pytest.param(lambda: changed(seed=1.5), TypeError, ["seed", "1.5"], id="seed-float"),
+    pytest.param(
+        lambda: changed(weight=torch.zeros(N, 0)),
+        ValueError,
+        ["no elements", "(56, 0)"],
+        id="no-elements",
     ),
     pytest.param(lambda: changed(seed=-1), ValueError, ["-1"], id="seed-negative"),
     pytest.param(lambda: changed(seed=1 << 63), ValueError, [str(1 << 63)], id="seed-large"),

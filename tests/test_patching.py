@@ -925,3 +925,83 @@ def test_patch_works_before_and_after_moving_to_a_gpu(patch_first: bool, spy: Sp
     plain = tiny_peft()
     patched = patched_twin(plain).to("cuda") if patch_first else patched_twin(plain.to("cuda"))
     assert_fused_like_peft(patched, plain.to("cuda"), spy)
+
+
+# -- what a review found
+
+
+def square_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+def test_enable_for_leaves_fan_in_fan_out_to_peft() -> None:
+    settings = {"r": 2, "target_modules": ["0", "1"], "init_lora_weights": False}
+    config = fastlora.enable_for(LoraConfig(fan_in_fan_out=True, **settings))
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True"):
+        model = get_peft_model(square_net(), config)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+class TensorSubclass(torch.Tensor):
+    pass
+
+
+def test_enable_for_leaves_tensor_subclasses_to_peft() -> None:
+    base = square_net()
+    weight = base[0].weight.detach().as_subclass(TensorSubclass)
+    base[0].weight = nn.Parameter(weight, requires_grad=False)
+    config = fastlora.enable_for(LoraConfig(r=2, target_modules=["0", "1"]))
+    model = get_peft_model(base, config).base_model.model
+    assert [type(layer) for layer in model] == [PeftLinear, LoRALinear]
+
+
+def test_enable_for_leaves_single_parameters_to_peft() -> None:
+    config = fastlora.enable_for(LoraConfig(r=2, target_parameters=["0.weight"]))
+    model = get_peft_model(square_net(), config).base_model.model
+    assert type(model[0]).__name__ == "ParamWrapper"
+
+
+def test_layers_of_a_data_parallel_replica_are_fused(spy: Spy) -> None:
+    """nn.DataParallel, which Trainer uses on several GPUs, calls copies that hold plain tensors."""
+    model = LoRALinear.from_linear(nn.Linear(12, 20), r=4, init_lora_weights=False)
+    x = torch.randn(3, 12)
+    expected = model(x)
+
+    def replica_of(module: nn.Module) -> nn.Module:
+        replica = module._replicate_for_data_parallel()
+        replica._modules = {name: replica_of(child) for name, child in module._modules.items()}
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter * 1)
+        return replica
+
+    model.base_layer.requires_grad_(False)
+    replica = replica_of(model)
+    assert not dict(replica.named_parameters())
+    assert torch.equal(replica(x), expected)
+    assert (spy.fused, spy.peft) == (2, 0)
+
+
+def test_fp64_adapter_under_autocast_falls_back(spy: Spy) -> None:
+    layer = LoRALinear.from_linear(nn.Linear(12, 20), r=4)
+    layer.lora_A.double()
+    layer.lora_B.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(3, 12))
+    assert (spy.fused, spy.peft) == (0, 1)
+    assert "autocast is on, but input, weight and adapter are" in fastlora.explain(layer)
+
+
+@pytest.mark.parametrize("model", [None, "Qwen2"])
+def test_patch_refuses_what_is_no_module(model: object) -> None:
+    with pytest.raises(TypeError, match=f"torch.nn.Module, got {type(model).__name__}"):
+        fastlora.patch(model)
+
+
+def test_only_layers_without_a_peft_model_take_adapter_files() -> None:
+    patched = tiny_peft()
+    fastlora.patch(patched)
+    name = next(name for name, m in patched.named_modules() if type(m) is LoRALinear)
+    outcome = patched.load_state_dict({f"{name}.lora_A.weight": torch.zeros(4, 32)}, strict=False)
+    assert outcome.unexpected_keys == [f"{name}.lora_A.weight"]

@@ -257,7 +257,7 @@ def test_weight_of_another_type_falls_back(spy: Spy, mesh: DeviceMesh, kind: str
     if kind == "DTensor":  # torch itself refuses to mix them, outside tensor parallelism
         assert_same_error(fused, plain, inputs())
         reason = "has a weight of type DTensor"
-        assert f"last call went to peft: the base layer {reason}" in fastlora.explain(fused)
+        assert f"falls back to peft: the base layer {reason}" in fastlora.explain(fused)
     else:
         reason = {
             "subclass": "has a weight of type Quantized",
