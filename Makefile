@@ -45,7 +45,7 @@ bench-cpu: .venv/bench/.done  ## CPU time of a training step, against peft (abou
 
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0
-CORE   := tests/test_lora_linear.py tests/test_layers.py tests/test_patching.py $(wildcard tests/test_peft_features*.py)
+CORE   := $(addprefix tests/test_,lora_linear.py layers.py families.py patching.py entry_points.py) $(wildcard tests/test_peft_*.py)
 
 compat: $(COMPAT:%=compat-%)  ## the core tests with four pairs of peft and transformers
 

@@ -8,9 +8,11 @@ import peft
 import pytest
 import torch
 from accuracy import assert_layer_as_accurate
+from conftest import Spy
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import load_file
+from tiny_models import tiny_peft
 from torch import nn
 
 import fastlora
@@ -169,3 +171,41 @@ def test_bad_settings_are_refused(linear, settings, error, message):
     with pytest.raises(error, match=message):
         LoRALinear.from_linear(linear, **settings)
     assert all(p.requires_grad for p in linear.parameters())
+
+
+def test_layers_of_a_data_parallel_replica_are_fused(spy: Spy) -> None:
+    """nn.DataParallel, which Trainer uses on several GPUs, calls copies that hold plain tensors."""
+    model = LoRALinear.from_linear(nn.Linear(12, 20), r=4, init_lora_weights=False)
+    x = torch.randn(3, 12)
+    expected = model(x)
+
+    def replica_of(module: nn.Module) -> nn.Module:
+        replica = module._replicate_for_data_parallel()
+        replica._modules = {name: replica_of(child) for name, child in module._modules.items()}
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter * 1)
+        return replica
+
+    model.base_layer.requires_grad_(False)
+    replica = replica_of(model)
+    assert not dict(replica.named_parameters())
+    assert torch.equal(replica(x), expected)
+    assert (spy.fused, spy.peft) == (2, 0)
+
+
+def test_fp64_adapter_under_autocast_falls_back(spy: Spy) -> None:
+    layer = LoRALinear.from_linear(nn.Linear(12, 20), r=4)
+    layer.lora_A.double()
+    layer.lora_B.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(3, 12))
+    assert (spy.fused, spy.peft) == (0, 1)
+    assert "autocast is on, but input, weight and adapter are" in fastlora.explain(layer)
+
+
+def test_only_layers_without_a_peft_model_take_adapter_files() -> None:
+    patched = tiny_peft()
+    fastlora.patch(patched)
+    name = next(name for name, m in patched.named_modules() if type(m) is LoRALinear)
+    outcome = patched.load_state_dict({f"{name}.lora_A.weight": torch.zeros(4, 32)}, strict=False)
+    assert outcome.unexpected_keys == [f"{name}.lora_A.weight"]
