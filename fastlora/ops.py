@@ -1,32 +1,25 @@
-"""The operators ``torch.ops.fastlora.*``: schema, shapes for tracing, and the plain PyTorch
-implementation.
+"""The operators ``torch.ops.fastlora.*``: schema, shapes for tracing, and the choice of a plan.
 
-This is the one place where devices meet. ``CompositeExplicitAutograd`` registers the plain
-implementation for every device; a Triton kernel is added by registering the same operator for
-``CUDA``. The operators have no autograd formula: the backward pass is two of them, called by the
+This is the one place where devices meet. Each operator is registered once, for every device
+(``CompositeExplicitAutograd``); it asks ``plans.py`` and goes to ``plain.py`` or a Triton kernel.
+The operators have no autograd formula: the backward pass is two of them, called by the
 ``autograd.Function`` in ``functional.py`` (27-32 us a call against 76-97 us for
 ``torch.library.custom_op`` with ``register_autograd``, torch 2.13, CPU).
 
-The plain implementation computes what ``reference.py`` defines, with one rounding for the frozen
-GEMM and one for the sum (under dropout, dx rounds its low-rank term too, as peft does). It walks
-the rows in pieces wherever a dropout mask is drawn or read.
-
-Dtypes: every tensor is taken as it is stored. ``dtype`` and ``rank_dtype`` say what to compute in,
-so that autocast casts an fp32 adapter inside the operator and no cast copy is ever saved.
-
-    dtype        of the frozen GEMM: the base weight's, or autocast's
-    rank_dtype   of everything that touches the rank: the adapter's, or autocast's
+Nothing here reads a tensor back, and the launches go to the device of the operands, whichever
+device is current.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora import dropout
+from fastlora import dropout, plain, plans
 
 _SCHEMAS = {
     "shrink": (
@@ -48,31 +41,35 @@ _SCHEMAS = {
     ),
 }
 
-# 65,536 Philox counters are 0.5 MiB of int64: the generator's temporaries stay in the L2 cache of a
-# CPU core (1024 x 1536 on two cores: 5.4 ms, against 7.2 ms in one piece and 10.9 ms for
-# nn.Dropout).
-_COUNTERS_PER_CPU_PIECE = 1 << 16
-# Elsewhere larger pieces keep the launches few and the temporaries, 9 bytes an element, small.
-_COUNTERS_PER_PIECE = 1 << 22
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one: Triton launches there, wherever its operands are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Flatten all leading dimensions: ``[M, last]``."""
-    return tensor.reshape(-1, tensor.shape[-1])
+def _aligned(row_bytes: int, *matrices: Tensor) -> bool:
+    """Return whether rows are contiguous, apart from each other, and start on 16-byte boundaries.
 
+    What a fused GEMM needs to move whole vectors (and tiles by TMA); cuBLAS takes the rest.
 
-def _mask_rows(mask: Tensor) -> Tensor:
-    """Flatten packed bits to ``[M, ceil(K / 8)]``; a seed (int64 scalar) stays as it is."""
-    return _rows(mask) if mask.dtype == torch.uint8 else mask
-
-
-def _masked_pieces(matrix: Tensor) -> Iterator[slice]:
-    """Split the rows of a masked operand into pieces for whose mask there is room."""
-    rows, columns = matrix.shape
-    counters = _COUNTERS_PER_CPU_PIECE if matrix.device.type == "cpu" else _COUNTERS_PER_PIECE
-    step = max(1, counters * dropout.LANES // columns)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
+    Args:
+        row_bytes: of the result, which is contiguous.
+        matrices: the operands.
+    """
+    if row_bytes % 16:
+        return False
+    for matrix in matrices:
+        row, column = matrix.stride()
+        if (
+            column != 1
+            or row < matrix.shape[1]
+            or row * matrix.element_size() % 16
+            or matrix.data_ptr() % 16
+        ):
+            return False
+    return True
 
 
 def _shrink(
@@ -84,34 +81,26 @@ def _shrink(
     *,
     rank_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    h, bits = _shrink_outputs(x, lora_a, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
-    x_rows, h_rows, bit_rows = _rows(x), _rows(h), _rows(bits)
-    a_t = lora_a.to(rank_dtype).t()
-    if seed is None:
-        torch.mm(x_rows.to(rank_dtype), a_t, out=h_rows)
-        return h, bits
-    for piece in _masked_pieces(x_rows):
-        part = x_rows[piece].to(rank_dtype)
-        keep = dropout.keep_rows(seed, piece, part.shape[1], dropout_p)
-        torch.mm(part * keep, a_t, out=h_rows[piece])
-        if return_bits:
-            bit_rows[piece] = dropout.pack(keep)
-    return h, bits
+    rank, k = lora_a.shape
+    m = x.numel() // k
+    plan = plans.plan_for("shrink", x.device, rank_dtype, m, 0, k, rank, masked=seed is not None)
+    if plan == plans.PLAIN:
+        return plain.shrink(x, lora_a, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
+    from fastlora.kernels.shrink import shrink as launch
 
-
-def _shrink_outputs(
-    x: Tensor,
-    lora_a: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    return_bits: bool,
-    *,
-    rank_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    h = x.new_empty((*x.shape[:-1], lora_a.shape[0]), dtype=rank_dtype)
-    blocks = -(-x.shape[-1] // dropout.LANES)
-    bits_shape = (*x.shape[:-1], blocks) if return_bits else (0, blocks)
-    return h, x.new_empty(bits_shape, dtype=torch.uint8)
+    with _on(x.device):
+        (h,), bits = launch(
+            plain.rows(x),
+            [lora_a],
+            None if seed is None else [seed],
+            dropout.threshold(dropout_p),
+            rank_dtype=rank_dtype,
+            return_bits=return_bits,
+        )
+    lead = x.shape[:-1]
+    if not bits:
+        return h.view(*lead, rank), x.new_empty((0, -(-k // dropout.LANES)), dtype=torch.uint8)
+    return h.view(*lead, rank), bits[0].view(*lead, bits[0].shape[1])
 
 
 def _low_rank_gemm(
@@ -124,37 +113,39 @@ def _low_rank_gemm(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    y = _low_rank_gemm_output(x, weight, bias, h, lora_b, gain, dtype=dtype)
-    y_rows, x_rows, weight_t = _rows(y), _rows(x).to(dtype), weight.to(dtype).t()
-    if bias is None:
-        torch.mm(x_rows, weight_t, out=y_rows)
-    else:
-        torch.addmm(bias.to(dtype), x_rows, weight_t, out=y_rows)
-    _add_product(y_rows, _rows(h), lora_b.to(h.dtype).t(), gain)
-    return y
+    n, k = weight.shape
+    rows, rank = plain.rows(x), lora_b.shape[1]
+    plan = plans.plan_for(
+        "low_rank_gemm",
+        x.device,
+        _gemm_dtype(dtype, h),
+        rows.shape[0],
+        n,
+        k,
+        rank,
+    )
+    if (
+        plan != plans.FUSED
+        or not _LEAST_GAIN < abs(gain) < 1 / _LEAST_GAIN
+        or not _aligned(n * dtype.itemsize, rows, weight)
+    ):
+        # cuBLAS and an in-place addmm_: the hybrid plan is the plain code here.
+        return plain.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
+    from fastlora.kernels.low_rank_gemm import low_rank_gemm as launch
+
+    with _on(x.device):
+        y = launch(rows.to(dtype), weight.to(dtype), bias, plain.rows(h), lora_b, gain)
+    return y.view(*x.shape[:-1], n)
 
 
-def _low_rank_gemm_output(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    lora_b: Tensor,
-    gain: float,
-    *,
-    dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+# The fused kernel divides its accumulator by the gain and multiplies it again. Within these bounds
+# no fp32 sum of half-precision products can leave fp32's range on the way.
+_LEAST_GAIN = 2.0**-40
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, gain: float) -> None:
-    """Compute ``out += gain * left @ right`` in the wider of the two dtypes, rounded once."""
-    wide = torch.promote_types(out.dtype, left.dtype)
-    left, right = left.to(wide), right.to(wide)
-    if wide == out.dtype:
-        out.addmm_(left, right, alpha=gain)
-    else:
-        out.copy_(out.to(wide).addmm_(left, right, alpha=gain))
+def _gemm_dtype(dtype: torch.dtype, h: Tensor) -> torch.dtype:
+    """Return the dtype that decides on a GEMM's plan: fp64 anywhere leaves it to PyTorch."""
+    return torch.float64 if h.dtype == torch.float64 else dtype
 
 
 def _adapter_grads(
@@ -170,67 +161,43 @@ def _adapter_grads(
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy_rows = _rows(dy).to(rank_dtype)
-    dh, da, db = _adapter_grads_outputs(
-        dy,
-        x,
-        h,
-        lora_b,
-        mask,
-        gain,
-        dropout_p,
-        need_dh=need_dh,
-        rank_dtype=rank_dtype,
-        grad_dtype=grad_dtype,
+    n, rank = lora_b.shape
+    m, k = dy.numel() // n, 0 if x is None else x.shape[-1]
+    masked = mask is not None
+    plan = plans.plan_for("adapter_grads", dy.device, rank_dtype, m, n, k, rank, masked=masked)
+    if plan == plans.PLAIN:
+        return plain.adapter_grads(
+            dy,
+            x,
+            h,
+            lora_b,
+            mask,
+            gain,
+            dropout_p,
+            need_dh=need_dh,
+            rank_dtype=rank_dtype,
+            grad_dtype=grad_dtype,
+        )
+    from fastlora.kernels.adapter_grads import adapter_grads as launch
+
+    with _on(dy.device):
+        dh, da, db = launch(
+            plain.rows(dy),
+            None if x is None else plain.rows(x),
+            None if h is None else plain.rows(h),
+            lora_b,
+            None if mask is None else plain.mask_rows(mask),
+            gain,
+            dropout.threshold(dropout_p),
+            need_dh=need_dh,
+            rank_dtype=rank_dtype,
+            grad_dtype=grad_dtype,
+        )
+    return (
+        dh.view(*dy.shape[:-1], rank) if need_dh else dh,
+        dy.new_empty((0, 0), dtype=grad_dtype) if da is None else da,
+        dy.new_empty((0, rank), dtype=grad_dtype) if db is None else db,
     )
-    dh_rows = _rows(dh)
-    if need_dh:
-        # beta = 0: the product is scaled before it is rounded, and what dh held is never read.
-        torch.addmm(dh_rows, dy_rows, lora_b.to(rank_dtype), beta=0, alpha=gain, out=dh_rows)
-    if h is not None:
-        # Into the rank's dtype first: a GEMM cannot store fp32 from half-precision operands here.
-        product = db.to(rank_dtype)
-        db.copy_(product.addmm_(dy_rows.t(), _rows(h), beta=0, alpha=gain))
-    if x is not None:
-        da.copy_(_masked_product(dh_rows, _rows(x), mask, dropout_p))
-    return dh, da, db
-
-
-def _adapter_grads_outputs(
-    dy: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    lora_b: Tensor,
-    mask: Tensor | None,
-    gain: float,
-    dropout_p: float,
-    *,
-    need_dh: bool = True,
-    rank_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rank = lora_b.shape[1]
-    dh = dy.new_empty((*dy.shape[:-1], rank) if need_dh else (0, rank), dtype=rank_dtype)
-    da = dy.new_empty((0 if x is None else rank, 0 if x is None else x.shape[-1]), dtype=grad_dtype)
-    db = dy.new_empty((0 if h is None else lora_b.shape[0], rank), dtype=grad_dtype)
-    return dh, da, db
-
-
-def _masked_product(
-    dh_rows: Tensor, x_rows: Tensor, mask: Tensor | None, dropout_p: float
-) -> Tensor:
-    """Return ``dh^T (keep * x)``: ``[R, K]``."""
-    if mask is None:
-        return dh_rows.t() @ x_rows.to(dh_rows.dtype)
-    # The pieces are summed in fp32 at least: rounding a running sum to bf16 would add up.
-    wide = torch.promote_types(dh_rows.dtype, torch.float32)
-    mask = _mask_rows(mask)
-    total = dh_rows.new_zeros((dh_rows.shape[1], x_rows.shape[1]), dtype=wide)
-    for piece in _masked_pieces(x_rows):
-        part = x_rows[piece].to(dh_rows.dtype)
-        keep = dropout.keep_rows(mask, piece, part.shape[1], dropout_p)
-        total += dh_rows[piece].t() @ (part * keep)
-    return total
 
 
 def _input_grad(
@@ -244,51 +211,60 @@ def _input_grad(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
 ) -> Tensor:
-    dx = _input_grad_output(
-        dy, weight, dh, lora_a, mask, dropout_p, dtype=dtype, grad_dtype=grad_dtype
+    n, k = weight.shape
+    rows, rank = plain.rows(dy), lora_a.shape[0]
+    plan = plans.plan_for(
+        "input_grad",
+        dy.device,
+        _gemm_dtype(dtype, dh),
+        rows.shape[0],
+        n,
+        k,
+        rank,
+        masked=mask is not None,
     )
-    dx_rows, dh_rows = _rows(dx), _rows(dh)
-    a = lora_a.to(dh.dtype)
-    if grad_dtype == dtype:
-        torch.mm(_rows(dy).to(dtype), weight.to(dtype), out=dx_rows)
-    else:
-        dx_rows.copy_(_rows(dy).to(dtype) @ weight.to(dtype))
-    if mask is None:
-        _add_product(dx_rows, dh_rows, a, 1.0)
-        return dx
-    mask = _mask_rows(mask)
-    for piece in _masked_pieces(dx_rows):
-        low_rank = dh_rows[piece] @ a
-        keep = dropout.keep_rows(mask, piece, low_rank.shape[1], dropout_p)
-        dx_rows[piece] += low_rank.mul_(keep)
-    return dx
+    if plan == plans.FUSED and not _aligned(k * grad_dtype.itemsize, rows, weight):
+        plan = plans.HYBRID
+    if plan == plans.PLAIN or (plan == plans.HYBRID and mask is None):
+        return plain.input_grad(
+            dy, weight, dh, lora_a, mask, dropout_p, dtype=dtype, grad_dtype=grad_dtype
+        )
+    from fastlora.kernels.low_rank_gemm import input_grad as launch
 
-
-def _input_grad_output(
-    dy: Tensor,
-    weight: Tensor,
-    dh: Tensor,
-    lora_a: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    *,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-) -> Tensor:
-    return dy.new_empty((*dy.shape[:-1], weight.shape[1]), dtype=grad_dtype)
+    fused = plan == plans.FUSED
+    rows, weight = rows.to(dtype), weight.to(dtype)
+    with _on(dy.device):
+        dx = launch(
+            [rows] if fused else [],
+            [weight] if fused else [],
+            [plain.rows(dh)],
+            [lora_a],
+            None if mask is None else [plain.mask_rows(mask)],
+            dropout.threshold(dropout_p),
+            grad_dtype=grad_dtype,
+        )
+    if not fused:
+        # The masked term was written first, so that cuBLAS adds the large product to it in fp32.
+        if grad_dtype == dtype:
+            dx.addmm_(rows, weight)
+        else:
+            dx += rows @ weight
+    return dx.view(*dy.shape[:-1], k)
 
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 
 
-def _register(name: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def _register(
+    name: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     _LIBRARY.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastlora, name).default
 
 
-shrink = _register("shrink", _shrink, _shrink_outputs)
-low_rank_gemm = _register("low_rank_gemm", _low_rank_gemm, _low_rank_gemm_output)
-adapter_grads = _register("adapter_grads", _adapter_grads, _adapter_grads_outputs)
-input_grad = _register("input_grad", _input_grad, _input_grad_output)
+shrink = _register("shrink", _shrink, plain.shrink_outputs)
+low_rank_gemm = _register("low_rank_gemm", _low_rank_gemm, plain.low_rank_gemm_output)
+adapter_grads = _register("adapter_grads", _adapter_grads, plain.adapter_grads_outputs)
+input_grad = _register("input_grad", _input_grad, plain.input_grad_output)

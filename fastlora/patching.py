@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from fastlora import plans
 from fastlora.functional import DROPOUT_MASKS, DropoutMask
 from fastlora.layers import FUSED, LoRALinear, is_sharded, state_reason
 
@@ -119,6 +121,8 @@ def patch(
 
     Warns:
         UserWarning: the model has no LoRA layers.
+        RuntimeWarning: a Triton kernel gives wrong results on a device of the model and will not be
+            used there.
     """
     if dropout_mask not in DROPOUT_MASKS:
         raise ValueError(f"dropout_mask must be one of {DROPOUT_MASKS}, got {dropout_mask!r}")
@@ -138,7 +142,18 @@ def patch(
             module.__class__ = FastLoraModel
         if isinstance(module, (LoRALinear, FastLoraModel)):
             module.__dict__["fastlora_dropout_mask"] = dropout_mask
+    for device in _devices(model):
+        # Here and not at the first call, which may come while a CUDA graph is captured.
+        if device.type == "cuda" and plans.unsupported_reason(device) is None:
+            plans.check_device(device)
     return _report(model)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    """Return where the patched layers' base weights are, in the order of their names."""
+    layers = (module for module in model.modules() if isinstance(module, LoRALinear))
+    weights = (getattr(layer.base_layer, "weight", None) for layer in layers)
+    return list(dict.fromkeys(weight.device for weight in weights if weight is not None))
 
 
 def unpatch(model: nn.Module) -> None:
@@ -173,7 +188,8 @@ def explain(model: nn.Module) -> str:
 
     Beside the state of each layer it tells where the *last call* went to peft for a reason of its
     own (an input's dtype, ``adapter_names=``, tracing, ...). Under ``torch.compile`` no call is
-    recorded.
+    recorded. The last lines say, for each CUDA device (or wherever a plan is forced), whether
+    Triton kernels, cuBLAS or plain PyTorch compute what is fused, and why.
     """
     report = _report(model)
     decided_when_called = {*report.fused, *report.sharded}
@@ -186,6 +202,12 @@ def explain(model: nn.Module) -> str:
     lines = [f"  last call went to peft: {line}" for line in _by_reason(went_to_peft, _NAMES_SHOWN)]
     if count := sum(last_calls[name] == FUSED for name in report.sharded):
         lines.append(f"  last call was fused: {count} of {len(report.sharded)} sharded layers")
+    forced = plans.requested() != "auto"
+    lines += [
+        f"  plan on {plans.describe(device)}"
+        for device in _devices(model)
+        if forced or device.type == "cuda"
+    ]
     return "\n".join([str(report), *lines])
 
 

@@ -13,6 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before the import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +36,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def same_start() -> None:
     torch.manual_seed(0)
+
+
+# torch.device("meta") as a context recognises torch.empty by identity, in a set made at first use:
+# it must be made before the fixture below puts another function there.
+_device_constructors()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,182 @@
+"""Time that the host takes for one LoRA linear, where the kernels' launches do nothing.
+
+    python benchmarks/bench_host.py [--profile]
+
+On a GPU a step whose kernels are short waits for Python. This measures the Python: fused plan,
+8 rows of 64 features in fp32 on the CPU, so that PyTorch's own arithmetic is next to nothing, and
+every launch of a Triton kernel replaced by a function that returns. Triton's own launcher comes on
+top, once for each kernel; so does, on CUDA, the launch of each of PyTorch's operations, for every
+provider. Times are the calling thread's processor time (the backward pass of CPU tensors runs on
+it), and the providers take turns, so that a busy machine meets all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import functools
+import pstats
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import baselines
+import torch
+from shapes import Linear
+
+import fastlora
+from fastlora import functional, ops, plans
+from fastlora.kernels import adapter_grads, low_rank_gemm, partial_sums, shrink, tile_config
+
+SHAPE, ROWS, RANK = Linear(64, 64), 8, 16
+CPU = torch.device("cpu")
+TARGET_US = 25.0  # of one forward of the function, without Triton's launcher
+_KERNEL_MODULES = (shrink, low_rank_gemm, adapter_grads, partial_sums)
+
+
+class _NullKernel:
+    """A kernel whose launch does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **constants: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def null_launches() -> Iterator[None]:
+    """Follow the fused plan on the CPU, with launches that do nothing."""
+    with contextlib.ExitStack() as stack:
+        for module in _KERNEL_MODULES:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                stack.enter_context(mock.patch.object(module, name, _NullKernel()))
+        # As when interpreted: CPU tensors go to the kernels.
+        stack.enter_context(mock.patch.object(plans, "interpreting", _yes))
+        stack.enter_context(mock.patch.dict(plans._failures, {CPU: {}}))
+        plans.unsupported_reason.cache_clear()
+        stack.callback(plans.unsupported_reason.cache_clear)
+        stack.enter_context(fastlora.backend("fused"))
+        yield
+
+
+def _yes() -> bool:
+    return True
+
+
+Call = Callable[[], Any]
+
+
+def build(p: float) -> dict[str, tuple[Call, Call]]:
+    """Return for each provider its forward, and its forward and backward."""
+    x = torch.randn(ROWS, SHAPE.k, requires_grad=True)
+    dy = torch.randn(ROWS, SHAPE.n)
+    layers = {
+        "nn.Linear, frozen": baselines.build("frozen", SHAPE, RANK, p, CPU, torch.float32),
+        "peft": baselines.build("peft", SHAPE, RANK, p, CPU, torch.float32),
+        "LoRALinear": baselines.build("fastlora", SHAPE, RANK, p, CPU, torch.float32),
+    }
+    functions: dict[str, tuple[Call, list[Any]]] = {
+        name: (functools.partial(layer, x), parameters)
+        for name, (layer, parameters) in layers.items()
+    }
+    layer, parameters = layers["LoRALinear"]
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+    options = (baselines.SCALING, p, None, "bits")
+    functions["apply_lora_linear"] = (
+        functools.partial(functional.apply_lora_linear, x, weight, bias, *parameters, *options),
+        parameters,
+    )
+
+    def both(forward: Call, parameters: list[Any]) -> Call:
+        return lambda: torch.autograd.grad(forward(), [x, *parameters], dy)
+
+    return {name: (forward, both(forward, ps)) for name, (forward, ps) in functions.items()}
+
+
+def pieces(p: float) -> dict[str, Call]:
+    """Return the parts of a forward: the operators, alone and without torch's dispatcher."""
+    x, h = torch.randn(ROWS, SHAPE.k), torch.randn(ROWS, RANK)
+    layer, (a, b) = baselines.build("fastlora", SHAPE, RANK, p, CPU, torch.float32)
+    weight = layer.base_layer.weight
+    fp32, seed = torch.float32, torch.zeros((), dtype=torch.int64) if p else None
+
+    functions: dict[str, Call] = {
+        "ops.shrink": lambda: ops.shrink(x, a, seed, p, p > 0, rank_dtype=fp32),
+        "ops._shrink": lambda: ops._shrink(x, a, seed, p, p > 0, rank_dtype=fp32),
+        "ops.low_rank_gemm": lambda: ops.low_rank_gemm(x, weight, None, h, b, 2.0, dtype=fp32),
+        "ops._low_rank_gemm": lambda: ops._low_rank_gemm(x, weight, None, h, b, 2.0, dtype=fp32),
+        "tile_config_for": lambda: tile_config.tile_config_for(
+            "shrink", CPU, fp32, ROWS, k=SHAPE.k, r=RANK
+        ),
+        "3 TensorDescriptors": lambda: [
+            low_rank_gemm.TensorDescriptor.from_tensor(x, [16, 64]) for _ in range(3)
+        ],
+        "new_empty": lambda: x.new_empty((ROWS, SHAPE.n)),
+        "plan_for": lambda: plans.plan_for("shrink", CPU, fp32, ROWS, 0, SHAPE.k, RANK),
+        "dot_precision": lambda: shrink.dot_precision(fp32),
+    }
+    if p:
+        functions["draw_seed"] = lambda: functional.dropout.draw_seed(CPU)
+    return functions
+
+
+def measure(functions: dict[str, Call], rounds: int, calls: int) -> dict[str, float]:
+    """Return the median of microseconds of a call; in each round every function has its turn."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.thread_time()
+            for _ in range(calls):
+                function()
+            if number:  # the first round warms up
+                times[name].append((time.thread_time() - start) / calls * 1e6)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def profile(function: Call, calls: int = 5000) -> None:
+    """Print the functions that take the most time of their own (cProfile adds to each call)."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(calls):
+        function()
+    profiler.disable()
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(25)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=40, help="measured rounds (default 40)")
+    parser.add_argument("--calls", type=int, default=50, help="calls in a round (default 50)")
+    parser.add_argument("--profile", action="store_true", help="print where the forward spends it")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"Host time of one linear, us a call; torch {torch.__version__}, null launcher, fp32")
+    for p in (0.0, 0.1):
+        with null_launches():
+            providers = build(p)
+            forward = measure(
+                {name: one for name, (one, _) in providers.items()}, options.rounds, options.calls
+            )
+            both = measure(
+                {name: two for name, (_, two) in providers.items()}, options.rounds, options.calls
+            )
+            print(f"\np = {p:<16}{'forward':>10}{'and backward':>15}")
+            for name in providers:
+                print(f"{name:20}{forward[name]:10.1f}{both[name]:15.1f}")
+            found = forward["apply_lora_linear"]
+            verdict = "kept" if found <= TARGET_US else "EXCEEDED"
+            print(f"target of the forward of apply_lora_linear: {TARGET_US:.0f} us, {verdict}")
+            if options.profile:
+                for name, taken in measure(pieces(p), options.rounds, options.calls).items():
+                    print(f"  {name:22}{taken:8.2f}")
+                profile(providers["apply_lora_linear"][0])
+
+
+if __name__ == "__main__":
+    main()

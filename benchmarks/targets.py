@@ -1,0 +1,496 @@
+"""Compile every kernel ahead of time, for GPUs that need not be here, and read the result.
+
+    python benchmarks/targets.py                        # every tile, every target
+    python benchmarks/targets.py --targets sm_90 --json report.json
+
+The launchers run as they would on the device, with its limits in place of a driver, and every
+launch compiles instead: the default tiles in the dtypes and ranks below, and every tile in
+``kernels/tuned`` for its own architecture. Read off the machine code: registers, spills to local
+memory, shared memory against what the device has (the compiler does not object by itself), and the
+instructions that the design counts on. The exit status is 1 if a kernel is unfit for its target.
+
+AMD's gfx942 must compile, fit its shared memory and do without atomics. Its scratch memory is shown
+and not judged: no tile here was ever timed on one.
+
+It takes 12 minutes of processor time (Triton 3.7), each target in a process of its own. Run it
+without TRITON_INTERPRET: interpreted functions cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastlora.kernels import tile_config
+from fastlora.kernels.adapter_grads import adapter_grads, input_pass
+from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+from fastlora.kernels.shrink import shrink
+from fastlora.kernels.tile_config import DeviceLimits, TileConfig
+
+THRESHOLD = 6554  # p = 0.1
+GEMM_KERNEL = "_low_rank_gemm_kernel"
+TENSOR_MEMORY_COLUMNS = 512  # of one sm_100 multiprocessor
+
+# What is counted, and the words that stand for it in PTX or in AMD's assembly.
+INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05.mma": r"tcgen05\.mma",
+    "mma.sync": r"mma\.sync",
+    "TMA load": r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global",
+    "TMA store": r"cp\.async\.bulk\.tensor\S*\.global\.shared",
+    "cp.async": r"cp\.async\.c[ag]",
+    "mfma": r"\bv_mfma_",
+    "atomics": r"\b(?:atom|red)\.\w|\w+_atomic_\w+",
+}
+TMA = ("TMA load", "TMA store")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to compile for: its published limits, and what its GEMM in half precision needs."""
+
+    name: str
+    arch: int | str
+    shared_bytes: int
+    processors: int
+    multiplies_by: str
+    copies_by: tuple[str, ...]
+
+    @property
+    def is_nvidia(self) -> bool:
+        """Return whether the machine code is NVIDIA's."""
+        return isinstance(self.arch, int)
+
+    @property
+    def limits(self) -> DeviceLimits:
+        """Return what ``tile_config`` would learn from the driver."""
+        capability = self.arch if isinstance(self.arch, int) else 0
+        name = f"{self.name}, ahead of time"  # no table of tuned tiles is filed under it
+        return DeviceLimits(name, capability, self.shared_bytes, self.processors)
+
+    def gpu_target(self) -> GPUTarget:
+        """Return the target in Triton's words."""
+        return GPUTarget(*(("cuda", self.arch, 32) if self.is_nvidia else ("hip", self.arch, 64)))
+
+
+TARGETS = (
+    Target("sm_80", 80, 163 * 1024, 108, "mma.sync", ("cp.async",)),  # A100
+    Target("sm_89", 89, 99 * 1024, 128, "mma.sync", ("cp.async",)),  # RTX 4090, L40S
+    Target("sm_90", 90, 227 * 1024, 132, "wgmma", TMA),  # H100, H200
+    Target("sm_100", 100, 227 * 1024, 148, "tcgen05.mma", TMA),  # B200
+    Target("sm_120", 120, 99 * 1024, 170, "mma.sync", TMA),  # RTX 5090
+    Target("gfx942", "gfx942", 64 * 1024, 304, "mfma", ()),  # MI300X
+)
+
+OPERATIONS = ("shrink", "low_rank_gemm", "input_grad", "output_pass", "input_pass")
+THIN = ("shrink", "output_pass", "input_pass")  # the others are never fused in fp32
+MASKS = ("none", "bits", "seed")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Calls of the launchers on one shape: q_proj of Qwen3-8B unless said otherwise."""
+
+    name: str
+    m: int = 8192
+    n: int = 4096
+    k: int = 4096
+    r: int = 16
+    dtype: torch.dtype = torch.bfloat16  # of x, dy and the frozen weight
+    adapter: torch.dtype = torch.bfloat16
+    rank_dtype: torch.dtype = torch.bfloat16
+    operations: tuple[str, ...] = OPERATIONS
+    masks: tuple[str, ...] = MASKS
+    siblings: int = 1
+    aligned: bool = True  # rows begin at 16 bytes, as the TMA and cp.async need
+    config: TileConfig | None = None
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an operand: never touched, so its memory is never really taken."""
+        return torch.empty(shape, dtype=dtype or self.dtype)
+
+    def each(self, *shape: int, dtype: torch.dtype) -> list[Tensor]:
+        """Return one operand for each sibling."""
+        return [self.empty(*shape, dtype=dtype) for _ in range(self.siblings)]
+
+    def mask(self, kind: str) -> list[Tensor] | None:
+        """Return the dropout masks of the siblings, as the launchers take them."""
+        if kind == "none":
+            return None
+        if kind == "seed":
+            return [torch.zeros((), dtype=torch.int64) for _ in range(self.siblings)]
+        return self.each(self.m, -(-self.k // 8), dtype=torch.uint8)
+
+
+def _shrink(case: Case, kind: str) -> None:
+    if kind == "bits":  # it writes them; reading is for the backward pass
+        return
+    shrink(
+        case.empty(case.m, case.k),
+        case.each(case.r, case.k, dtype=case.adapter),
+        case.mask(kind),
+        THRESHOLD,
+        rank_dtype=case.rank_dtype,
+        return_bits=kind == "seed",
+        config=case.config,
+    )
+
+
+def _low_rank_gemm(case: Case, kind: str) -> None:
+    if kind != case.masks[0]:  # the forward GEMM knows no mask: once is enough
+        return
+    low_rank_gemm(
+        case.empty(case.m, case.k),
+        case.empty(case.n, case.k),
+        case.empty(case.n),
+        case.empty(case.m, case.r, dtype=case.rank_dtype),
+        case.empty(case.n, case.r, dtype=case.adapter),
+        1.5,
+        config=case.config,
+    )
+
+
+def _input_grad(case: Case, kind: str) -> None:
+    input_grad(
+        case.each(case.m, case.n, dtype=case.dtype),
+        case.each(case.n, case.k, dtype=case.dtype),
+        case.each(case.m, case.r, dtype=case.rank_dtype),
+        case.each(case.r, case.k, dtype=case.adapter),
+        case.mask(kind),
+        THRESHOLD,
+        grad_dtype=case.dtype,
+        config=case.config,
+    )
+
+
+def _output_pass(case: Case, kind: str) -> None:
+    if kind != case.masks[0]:  # nor does the pass over dy
+        return
+    adapter_grads(
+        case.empty(case.m, case.n),
+        None,
+        case.empty(case.m, case.r, dtype=case.rank_dtype),
+        case.empty(case.n, case.r, dtype=case.adapter),
+        None,
+        1.5,
+        rank_dtype=case.rank_dtype,
+        grad_dtype=case.adapter,
+        output_config=case.config,
+    )
+
+
+def _input_pass(case: Case, kind: str) -> None:
+    input_pass(
+        case.empty(case.m, case.k),
+        case.each(case.m, case.r, dtype=case.rank_dtype),
+        case.each(case.r, case.k, dtype=case.adapter),
+        case.mask(kind),
+        THRESHOLD,
+        rank_dtype=case.rank_dtype,
+        config=case.config,
+    )
+
+
+_LAUNCH: Mapping[str, Callable[[Case, str], None]] = {
+    "shrink": _shrink,
+    "low_rank_gemm": _low_rank_gemm,
+    "input_grad": _input_grad,
+    "output_pass": _output_pass,
+    "input_pass": _input_pass,
+}
+
+
+def default_cases() -> Iterator[Case]:
+    """Yield what the default tiles must serve."""
+    fp32, fp16 = torch.float32, torch.float16
+    for r in (16, 64, 256):
+        yield Case(f"bf16 r={r}", r=r)
+    yield Case("fp16 r=128", r=128, dtype=fp16, adapter=fp16, rank_dtype=fp16)
+    for r in (16, 64, 256):
+        # What peft makes of a bf16 model by default, with and without autocast.
+        yield Case(f"bf16, fp32 adapters, autocast r={r}", r=r, adapter=fp32)
+        yield Case(f"bf16, fp32 adapters r={r}", r=r, adapter=fp32, rank_dtype=fp32)
+        yield Case(f"fp32 r={r}", r=r, dtype=fp32, adapter=fp32, rank_dtype=fp32, operations=THIN)
+    yield Case("bf16 r=16 q, k, v", siblings=3, operations=("shrink", "input_grad", "input_pass"))
+    yield Case("bf16 r=16, rows of 4100", n=4100, k=4100, aligned=False)
+
+
+def quick_cases(target: Target) -> Iterator[Case]:
+    """Yield one call of each kernel at rank 16, for a test: about 6 compilations."""
+    # The pass over x is the same code on all of NVIDIA's but for its copies: sm_90 stands for them.
+    everywhere = OPERATIONS if target.name in ("sm_90", "gfx942") else OPERATIONS[:-1]
+    yield Case("bf16 r=16", m=16384, masks=("seed",), operations=everywhere)
+
+
+def tuned_cases(folder: Path, target: Target) -> Iterator[Case]:
+    """Yield the tiles in ``folder/*.json`` that were tuned on the architecture of a target."""
+    for path in sorted(folder.glob("*.json")):
+        if json.loads(path.read_text()).get("capability") != target.arch:
+            continue
+        for key, entry in tile_config.read_table(path).items():
+            if not entry.get("tile"):  # a shape that cuBLAS won
+                continue
+            dtype = getattr(torch, key.dtype)
+            yield Case(
+                f"{path.stem} {key.operation} {key.dtype} m={key.m} n={key.n} k={key.k} r={key.r}",
+                m=key.m,
+                n=key.n or Case.n,
+                k=key.k or Case.k,
+                r=key.r,
+                dtype=dtype,
+                adapter=dtype,
+                rank_dtype=dtype,
+                operations=(key.operation,),
+                config=TileConfig(**entry["tile"]),
+            )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel turned out to be; registers and local bytes are one thread's."""
+
+    target: str
+    case: str
+    kernel: str
+    tile: dict[str, int]
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    tensor_columns: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    expected: tuple[str, ...] = ()
+    judge_local: bool = True
+
+    def problems(self) -> list[str]:
+        """Return what makes the kernel unfit for its target."""
+        found = []
+        if self.judge_local and self.local_bytes:
+            found.append(f"{self.local_bytes} bytes of local memory a thread: it spills")
+        if self.shared_bytes > self.shared_limit:
+            found.append(f"{self.shared_bytes} bytes of shared memory of {self.shared_limit}")
+        if self.instructions.get("atomics"):
+            found.append(f"{self.instructions['atomics']} atomics: sums in no fixed order")
+        missing = [name for name in self.expected if not self.instructions.get(name)]
+        if self.tensor_columns > TENSOR_MEMORY_COLUMNS:
+            # Triton then compiles a kernel that does nothing: what it lacks says no more.
+            limit = TENSOR_MEMORY_COLUMNS
+            found.append(f"{self.tensor_columns} columns of tensor memory of {limit}")
+        elif missing:
+            found.append(f"no {', no '.join(missing)}, which its design counts on")
+        where = f"{self.target} {self.case} {self.kernel} {self.tile_text()}"
+        return [f"{where}: {problem}" for problem in found]
+
+    def tile_text(self) -> str:
+        """Return the tile as the table shows it: ``128x256x64 r16 w8 s4``."""
+        blocks = "x".join(str(self.tile[f"BLOCK_{x}"]) for x in "MNK" if f"BLOCK_{x}" in self.tile)
+        short = {"BLOCK": "", "BLOCK_R": "r", "PARTS": "p", "num_warps": "w", "num_stages": "s"}
+        rest = [f"{letter}{self.tile[name]}" for name, letter in short.items() if name in self.tile]
+        return " ".join([blocks, *rest] if blocks else rest)
+
+    def instruction_text(self) -> str:
+        """Return the instructions that occur, as the table shows them."""
+        return ", ".join(f"{count} {name}" for name, count in self.instructions.items() if count)
+
+
+class _NoDriver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, target: Target):
+        self._target, self._device = target.gpu_target(), TARGETS.index(target)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        # Triton keeps what it compiled by the number of the device.
+        return self._device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def _compile_instead_of_launching(target: Target) -> Iterator[list[tuple[str, Any, dict]]]:
+    """Make every launch in the block compile for ``target``; yields (name, compiled, options)."""
+    launches = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        launches.append((self.__name__, compiled, options))
+        return compiled
+
+    caches = (tile_config.device_limits, tile_config.tile_config_for)
+    # It stays: without a device there is no driver to go back to.
+    driver.set_active(_NoDriver(target))
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(tile_config, "INTERPRETER", target.limits),
+    ):
+        for cache in caches:
+            cache.cache_clear()
+        yield launches
+
+
+def compile_cases(target: Target, cases: Sequence[Case]) -> tuple[list[Report], list[str]]:
+    """Compile every kernel of the cases, each signature once.
+
+    Returns:
+        A report for each compiled kernel, and the problems: theirs, and what did not compile.
+    """
+    reports, problems, seen = [], [], set()
+    with _compile_instead_of_launching(target) as launches:
+        for case in cases:
+            for operation in case.operations:
+                for kind in case.masks:
+                    name = f"{case.name}, {operation} {kind}"
+                    launches.clear()
+                    try:
+                        _LAUNCH[operation](case, kind)
+                    except Exception as error:  # whatever stops the compiler is the finding
+                        problems.append(f"{target.name} {name}: does not compile: {error!r}")
+                    for kernel, compiled, options in launches:
+                        # Triton keeps what it compiled: the same signature is the same object.
+                        if id(compiled) not in seen:
+                            seen.add(id(compiled))
+                            report = _report(target, case, name, kernel, compiled, options)
+                            reports.append(report)
+                            problems.extend(report.problems())
+    return reports, problems
+
+
+def _report(
+    target: Target, case: Case, name: str, kernel: str, compiled: Any, options: Mapping[str, Any]
+) -> Report:
+    code = compiled.asm["ptx" if target.is_nvidia else "amdgcn"]
+    registers, local_bytes = _usage(compiled) if target.is_nvidia else _amd_usage(code)
+    expected: tuple[str, ...] = ()
+    if kernel == GEMM_KERNEL and case.dtype != torch.float32:
+        expected = (target.multiplies_by, *(target.copies_by if case.aligned else ()))
+    tile = {
+        key: value
+        for key, value in options.items()
+        if key.startswith(("BLOCK", "PARTS", "GROUP", "num_"))
+    }
+    return Report(
+        target=target.name,
+        case=name,
+        kernel=kernel,
+        tile=tile,
+        registers=registers,
+        local_bytes=local_bytes,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=target.shared_bytes,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        instructions={key: len(re.findall(words, code)) for key, words in INSTRUCTIONS.items()},
+        expected=expected,
+        judge_local=target.is_nvidia,
+    )
+
+
+def _usage(compiled: Any) -> tuple[int, int]:
+    """Return registers and bytes of local memory of NVIDIA machine code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    # Spilled registers are counted under STACK, indexed arrays under LOCAL.
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _amd_usage(code: str) -> tuple[int, int]:
+    """Return vector registers and bytes of scratch memory, from the notes in AMD's assembly."""
+    found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", code))
+    return int(found["vgpr_count"]), int(found["private_segment_fixed_size"])
+
+
+def print_table(reports: Sequence[Report]) -> None:
+    """Print one line for each compiled kernel, the columns as wide as their widest cell."""
+    head = ("target", "case", "kernel", "tile", "regs", "local", "shared KiB", "instructions")
+    rows = [
+        (
+            report.target,
+            report.case,
+            report.kernel.strip("_").removesuffix("_kernel"),
+            report.tile_text(),
+            str(report.registers),
+            str(report.local_bytes),
+            f"{report.shared_bytes / 1024:.0f} of {report.shared_limit // 1024}",
+            report.instruction_text(),
+        )
+        for report in reports
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _chosen(names: str) -> list[Target]:
+    known = {target.name: target for target in TARGETS}
+    wanted = names.split(",")
+    if unknown := sorted(set(wanted) - set(known)):
+        raise argparse.ArgumentTypeError(f"unknown targets {unknown}; there are {list(known)}")
+    return [known[name] for name in wanted]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print the table and the problems; return the exit status."""
+    parser = argparse.ArgumentParser(description="Compile every kernel for GPUs that are not here.")
+    parser.add_argument("--targets", type=_chosen, default=TARGETS, help="sm_90,gfx942,...")
+    parser.add_argument("--quick", action="store_true", help="one default case for each target")
+    parser.add_argument("--tuned", type=Path, default=tile_config.TUNED, help="folder of tables")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets side by side")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there too")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("TRITON_INTERPRET is set: interpreted functions cannot be compiled; unset it")
+    cases = [
+        [
+            *(quick_cases(target) if options.quick else default_cases()),
+            *tuned_cases(options.tuned, target),
+        ]
+        for target in options.targets
+    ]
+    if options.jobs == 1:
+        found = list(map(compile_cases, options.targets, cases))
+    else:
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(compile_cases, options.targets, cases))
+    reports = [report for of_target, _ in found for report in of_target]
+    problems = [problem for _, of_target in found for problem in of_target]
+    print_table(reports)
+    if options.json:
+        rows = [{**asdict(report), "problems": report.problems()} for report in reports]
+        options.json.write_text(json.dumps({"reports": rows, "problems": problems}, indent=1))
+    print(f"\n{len(reports)} kernels, {len(problems)} problems", *problems, sep="\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The ``fastlora`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fastlora
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_DTYPES = ("bfloat16", "float16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (ValueError, OSError) as error:
+        # What a user can put right: a model that is not there, a device that cannot be tuned.
+        print(f"fastlora {options.command}: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastlora", description="LoRA training of peft models on fused kernels."
+    )
+    parser.add_argument("--version", action="version", version=f"fastlora {fastlora.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_tune(commands.add_parser(
+        "tune",
+        help="measure which plan and tile is fastest on this GPU",
+        description=(
+            "Measure, for every linear of a model, whether the fused GEMM or cuBLAS is faster on "
+            "this GPU, and with which tiles, and remember it for later runs (in "
+            "~/.cache/fastlora/tuned). Takes a minute or two for each model."
+        ),
+    ))  # fmt: skip
+    return parser
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to tune for (at least one)")
+    what.add_argument(
+        "--model", help="a model's name on the hub or folder; only its config is read"
+    )
+    what.add_argument(
+        "--shape",
+        nargs=2,
+        type=int,
+        metavar=("N", "K"),
+        action="append",
+        default=[],
+        help="out and in features of a linear; may be repeated",
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=[8192, 2048],
+        metavar="M",
+        help="tokens of a batch (default: 8192 2048)",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
+    parser.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="of the base weights")
+    parser.add_argument("--dropout", type=float, default=0.1, help="lora_dropout (default: 0.1)")
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="timings of each candidate (default: 10)"
+    )
+    parser.add_argument("--out", type=Path, help="the table to write or extend, instead of yours")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from fastlora.tuning import LinearShape, tune
+
+    if not options.model and not options.shape:
+        raise ValueError("say what to tune for: --model NAME or --shape N K")
+    if not 1 <= options.rank <= 256 or min(options.tokens) < 1 or options.rounds < 1:
+        raise ValueError(
+            f"rank must lie in [1, 256] and tokens and rounds must be positive, got rank "
+            f"{options.rank}, tokens {options.tokens}, rounds {options.rounds}"
+        )
+    if not 0.0 <= options.dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {options.dropout}")
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device (torch.cuda.is_available() is False)")
+    path = tune(
+        _model_on_meta(options.model) if options.model else None,
+        shapes=[LinearShape(n, k) for n, k in options.shape],
+        tokens=options.tokens,
+        rank=options.rank,
+        dtype=getattr(torch, options.dtype),
+        dropout_p=options.dropout,
+        device=options.device,
+        rounds=options.rounds,
+        out=options.out,
+    )
+    print(f"written to {path}")
+    return 0
+
+
+def _model_on_meta(name: str) -> nn.Module:
+    """Build a model without its weights: only the shapes of its linears are wanted."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model

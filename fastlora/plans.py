@@ -1,0 +1,328 @@
+"""Plans: which code computes an operator, for each shape and device.
+
+    fused     one Triton GEMM with the low-rank term inside; thin products in Triton
+    hybrid    cuBLAS and an in-place ``addmm_``; thin products in Triton
+    plain     PyTorch
+
+A fused GEMM wins only where it reaches about 95.5 % of cuBLAS (Qwen3-8B; 97 % for 32B), so the
+choice is a matter of measurement and of shape. ``auto`` takes the first of these that knows:
+
+    kernels/tuned/<device>.json    measured and committed
+    the user's cache               measured by ``fastlora tune``
+    a rule that is safe anywhere   hybrid; below 64 rows, cuBLAS for everything but dropout
+
+Before a device's first use every kernel computes one small problem, and a kernel that is wrong
+there, or does not compile, is not used: without ``low_rank_gemm`` fused becomes hybrid, without
+``shrink`` or ``adapter_grads`` everything becomes plain. An unknown device is never an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastlora import dropout, plain
+from fastlora.kernels.tile_config import device_limits, tile_key, tuned_entries
+
+Plan = Literal["fused", "hybrid", "plain"]
+FUSED: Plan = "fused"
+HYBRID: Plan = "hybrid"
+PLAIN: Plan = "plain"
+PLANS: tuple[Plan, ...] = (PLAIN, HYBRID, FUSED)  # each needs everything that the one before needs
+BACKENDS = ("auto", *reversed(PLANS))
+ENVIRONMENT = "FASTLORA_BACKEND"
+
+KERNELS = ("shrink", "adapter_grads", "low_rank_gemm")
+GEMMS = frozenset(("low_rank_gemm", "input_grad"))
+MAX_RANK = 256  # the widest accumulator that stays in registers
+MIN_ROWS = 64  # below it a Triton tile is mostly padding, and cuBLAS has kernels for few rows
+_KERNEL_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
+
+# The names given by backend(), innermost last. Process-wide and not a context variable: the
+# backward pass runs on autograd's own threads.
+_forced: list[str] = []
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a plan inside a ``with`` block, for tests and bug reports.
+
+    Every call in the process that runs inside the block follows it, the backward pass included
+    (which runs on threads of autograd's). Where a plan is impossible (no CUDA device, fp64, a rank
+    above 256, a kernel that failed its check), the next one down is taken: fused, hybrid, plain.
+
+    Args:
+        name: ``"auto"``, ``"fused"`` (or ``"triton"``), ``"hybrid"`` or ``"plain"``. The
+            environment variable ``FASTLORA_BACKEND`` does the same for a whole process.
+
+    Raises:
+        ValueError: there is no such plan.
+    """
+    _forced.append(_resolve(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@functools.cache
+def _resolve(name: str, source: str) -> str:
+    resolved = "fused" if name == "triton" else name
+    if resolved not in BACKENDS:
+        raise ValueError(f"{source} must be one of {BACKENDS}, got {name!r}")
+    return resolved
+
+
+def requested() -> str:
+    """Return the plan that was asked for, by ``backend`` or the environment, or ``"auto"``."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get(ENVIRONMENT)
+    return _resolve(name, ENVIRONMENT) if name else "auto"
+
+
+def interpreting() -> bool:
+    """Return whether Triton's kernels are interpreted: they then take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def plan_for(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    *,
+    masked: bool = False,
+) -> Plan:
+    """Choose the plan of one call.
+
+    Args:
+        operation: ``"shrink"``, ``"low_rank_gemm"``, ``"adapter_grads"`` or ``"input_grad"``.
+        device: of the operands.
+        dtype: of the frozen product for the two GEMMs, of the thin products for the others.
+        m: rows.
+        n: out features.
+        k: in features.
+        r: rank.
+        masked: dropout is on.
+
+    Returns:
+        The plan; for an operation without a GEMM fused and hybrid are the same.
+    """
+    if device.type != "cuda" and (not interpreting() or requested() == "auto"):
+        # Kernels take CPU tensors only where they are interpreted, and only on request: the
+        # interpreter is a thousand times slower than PyTorch.
+        return PLAIN
+    wanted = requested()
+    if wanted == PLAIN:
+        return PLAIN
+    limit = possible_plan(operation, device, dtype, r)
+    if wanted == "auto":
+        wanted = _automatic(operation, device, dtype, m, n, k, r, masked)
+    return PLANS[min(PLANS.index(limit), PLANS.index(wanted))]
+
+
+def possible_plan(operation: str, device: torch.device, dtype: torch.dtype, r: int) -> Plan:
+    """Return the furthest plan that this device and these operands allow."""
+    if unsupported_reason(device, dtype, r) is not None:
+        return PLAIN
+    failed = failed_kernels(device)
+    if failed is None or "shrink" in failed or "adapter_grads" in failed:
+        return PLAIN
+    if operation not in GEMMS:
+        return FUSED
+    exact_fp32 = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    if "low_rank_gemm" in failed or (exact_fp32 and not interpreting()):
+        # Exact fp32 has no tensor cores: a Triton GEMM would spill where cuBLAS does not.
+        return HYBRID
+    return FUSED
+
+
+@functools.lru_cache(maxsize=4096)
+def _automatic(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    masked: bool,
+) -> Plan:
+    if m < MIN_ROWS:
+        # Without a mask PyTorch needs one launch for each thin product, as Triton does.
+        return HYBRID if masked else PLAIN
+    entries = tuned_entries(device_limits(device).name)
+    entry = entries.get(tile_key(operation, dtype, m, n, k, r), {})
+    plan: Plan = entry.get("plan", HYBRID)
+    return plan
+
+
+@functools.cache
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, r: int = 1
+) -> str | None:
+    """Return why the kernels cannot run here at all, or ``None``."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in _KERNEL_DTYPES:
+        return f"the kernels compute in fp16, bf16 and fp32, not in {dtype}"
+    if r > MAX_RANK:
+        return f"the kernels take ranks up to {MAX_RANK}, not {r}"
+    if device.type != "cuda":
+        return None if interpreting() else f"the kernels need a CUDA device, not {device.type}"
+    limits = device_limits(device)
+    if torch.version.hip is None and limits.capability < 80:
+        return f"{limits.name} is sm_{limits.capability}; the kernels need sm_80 or later"
+    return None
+
+
+# What each device's check found: the names of the kernels that failed, and why.
+_failures: dict[torch.device, dict[str, str]] = {}
+_checking = threading.RLock()
+
+
+def failed_kernels(device: torch.device) -> dict[str, str] | None:
+    """Return the kernels that failed this device's check, with reasons; checks on first use.
+
+    ``None`` while a CUDA graph is being captured and nothing was checked before: a check reads
+    results back, which a capture forbids.
+    """
+    failures = _failures.get(device)
+    if failures is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        failures = check_device(device)
+    return failures
+
+
+def check_device(device: torch.device) -> dict[str, str]:
+    """Let every kernel compute one small problem on a device and compare it with PyTorch.
+
+    Runs once for each device: by ``patch`` for the devices of a model, else by the first call.
+
+    Returns:
+        The kernels that failed, and why.
+
+    Warns:
+        RuntimeWarning: for each kernel that failed, once.
+    """
+    with _checking:
+        if device in _failures:
+            return _failures[device]
+        failures = {}
+        for kernel in KERNELS:
+            try:
+                reason = _wrong_result(kernel, device)
+            except Exception as error:  # an unknown device may fail anywhere in the compiler
+                first_line = str(error).strip().partition("\n")[0]
+                reason = f"{type(error).__name__}: {first_line}"
+            if reason is not None:
+                failures[kernel] = reason
+                fallback = HYBRID if kernel == "low_rank_gemm" else PLAIN
+                warnings.warn(
+                    f"fastlora's kernel {kernel} does not work on {device_limits(device).name} "
+                    f"({reason}); the {fallback} plan is used instead",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        _failures[device] = failures
+    return failures
+
+
+def _wrong_result(kernel: str, device: torch.device) -> str | None:
+    """Return in what a kernel's results differ from PyTorch's on one small problem, or ``None``."""
+    m, k, n, r, p = 256, 512, 256, 16, 0.25
+    if device.type != "cuda":
+        m, k, n = 32, 64, 48  # interpreted: a second, not a minute
+    dtype = torch.float16
+    generator = torch.Generator(device).manual_seed(0)  # its own: the user's stream is untouched
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    x, weight, dy = draw(m, k), draw(n, k) * k**-0.5, draw(m, n)
+    a, b, h = draw(r, k) * k**-0.5, draw(n, r), draw(m, r)
+    seed = torch.full((), 20251122, dtype=torch.int64, device=device)
+    threshold = dropout.threshold(p)
+    with torch.no_grad():
+        expected_h, bits = plain.shrink(x, a, seed, p, True, rank_dtype=dtype)
+        if kernel == "shrink":
+            from fastlora.kernels.shrink import shrink
+
+            (got_h,), (got_bits,) = shrink(
+                x, [a], [seed], threshold, rank_dtype=dtype, return_bits=True
+            )
+            if not torch.equal(got_bits, bits):
+                return "the dropout mask differs"
+            return _difference([("h", got_h, expected_h)])
+        if kernel == "adapter_grads":
+            from fastlora.kernels.adapter_grads import adapter_grads
+
+            wide = torch.float32
+            got = adapter_grads(dy, x, h, b, bits, 1.5, rank_dtype=dtype, grad_dtype=wide)
+            wanted = plain.adapter_grads(
+                dy, x, h, b, bits, 1.5, p, rank_dtype=dtype, grad_dtype=wide
+            )
+            return _difference(list(zip(("dh", "dA", "dB"), got, wanted, strict=True)))
+        from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+
+        y = low_rank_gemm(x, weight, None, h, b, 1.5)
+        dx = input_grad([dy], [weight], [h], [a], [bits], grad_dtype=dtype)
+        expected_y = plain.low_rank_gemm(x, weight, None, h, b, 1.5, dtype=dtype)
+        expected_dx = plain.input_grad(dy, weight, h, a, bits, p, dtype=dtype, grad_dtype=dtype)
+        return _difference([("y", y, expected_y), ("dx", dx, expected_dx)])
+
+
+# Both sides round an fp16 result a few times: 2**-11 each, relative to the whole.
+_CHECK_TOLERANCE = 4 * 2**-11
+
+
+def _difference(results: list[tuple[str, Tensor | None, Tensor]]) -> str | None:
+    for name, got, expected in results:
+        if got is None:
+            return f"{name} is missing"
+        wide = expected.float()
+        error = ((got.float() - wide).norm() / wide.norm()).item()
+        if not error <= _CHECK_TOLERANCE:  # so that NaN fails
+            return f"{name} is off by {error:.1e}"
+    return None
+
+
+def forget_measurements() -> None:
+    """Read the tuned tables again: one of them was written."""
+    from fastlora.kernels import tile_config
+
+    tile_config.tuned_entries.cache_clear()
+    tile_config.tile_config_for.cache_clear()
+    _automatic.cache_clear()
+
+
+def describe(device: torch.device) -> str:
+    """Say in one line which plans a device follows, and why not others."""
+    if reason := unsupported_reason(device):
+        return f"{device}: plain PyTorch; {reason}"
+    limits = device_limits(device)
+    line = f"{device} ({limits.name}): "
+    failures = _failures.get(device)
+    if failures and not failures.keys() <= {"low_rank_gemm"}:
+        return line + "plain PyTorch; " + "; ".join(f"{k}: {why}" for k, why in failures.items())
+    if failures:
+        line += f"hybrid; low_rank_gemm: {failures['low_rank_gemm']}"
+    elif entries := tuned_entries(limits.name):
+        line += f"fused or hybrid by shape, {len(entries)} measured"
+    else:
+        line += "hybrid; no shape was measured on it: run `fastlora tune`"
+    return line if requested() == "auto" else f"{line} (forced: {requested()})"

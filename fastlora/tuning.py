@@ -1,0 +1,358 @@
+"""Measure which plan and which tile is fastest for each shape, and write it where calls look.
+
+The table that ``tune`` writes is read by ``plans.py`` (fused or hybrid) and by
+``kernels/tile_config.py`` (tiles). Only shapes that were measured change; everything else keeps the
+rule that is safe anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import dropout, plans
+from fastlora.kernels.tile_config import (
+    DeviceLimits,
+    TileConfig,
+    TileKey,
+    default_tile,
+    device_limits,
+    device_slug,
+    read_table,
+    tile_key,
+    user_cache,
+)
+
+Progress = Callable[[str], None]
+Timings = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer to tune for: ``[N, K]`` is the shape of its weight."""
+
+    n: int
+    k: int
+
+
+def gemm_candidates(limits: DeviceLimits) -> Iterator[TileConfig]:
+    """Yield the tiles worth trying for the fused GEMM in half precision."""
+    tiles = [
+        TileConfig(128, 256, 64, parts=2, num_warps=8, num_stages=4),
+        TileConfig(128, 256, 64, parts=2, num_warps=8, num_stages=3),
+        TileConfig(128, 256, 64, parts=4, num_warps=8, num_stages=4),
+        TileConfig(256, 128, 64, parts=2, num_warps=8, num_stages=4),
+        TileConfig(128, 128, 64, num_warps=8, num_stages=4),
+        TileConfig(128, 128, 64, num_warps=4, num_stages=4),
+        TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+        TileConfig(128, 128, 32, num_warps=8, num_stages=3),
+        TileConfig(64, 256, 64, parts=2, num_warps=4, num_stages=4),
+        TileConfig(64, 128, 64, num_warps=4, num_stages=4),
+    ]
+    # 256-wide tiles keep 128 fp32 sums in each thread; they are for the tensor cores that read
+    # their operands from shared memory.
+    largest = 128 * 256 if limits.capability == 90 else 128 * 128
+    for tile in tiles:
+        if tile.block_m * tile.block_n <= largest and fits(tile, limits):
+            yield tile
+
+
+def fits(tile: TileConfig, limits: DeviceLimits, itemsize: int = 2) -> bool:
+    """Return whether a GEMM's pipeline and the staging of its store fit in shared memory."""
+    pipeline = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k
+    staging = tile.block_m * tile.block_n // tile.parts
+    return (pipeline + staging) * itemsize <= limits.shared_bytes
+
+
+def thin_candidates(operation: str, default: TileConfig) -> Iterator[TileConfig]:
+    """Yield the default tile of a thin product and variants of each of its fields."""
+    yield default
+    field = "block_k" if operation == "shrink" else "block_n"
+    for splits in sorted({1, default.splits * 2, default.splits * 4} - {default.splits}):
+        yield replace(default, splits=splits)
+    for num_stages in {2, 4} - {default.num_stages}:
+        yield replace(default, num_stages=num_stages)
+    yield replace(default, num_warps=8 if default.num_warps == 4 else 4)
+    for block_m in (default.block_m // 2, default.block_m * 2):
+        if block_m >= 16:
+            yield replace(default, block_m=block_m)
+    for width in (getattr(default, field) // 2, getattr(default, field) * 2):
+        if width >= 16:
+            yield replace(default, **{field: width})
+
+
+def measure_us(
+    functions: Timings, device: torch.device, rounds: int = 10
+) -> dict[str, list[float]]:
+    """Time functions in turn, round by round, with a cold L2 cache; returns microseconds of each.
+
+    On CUDA the time is the device's, between two events. The order of a round alternates.
+    """
+    for function in functions.values():
+        function()
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    if device.type != "cuda":
+        for number in range(rounds):
+            for name in _in_turn(functions, number):
+                start = time.perf_counter()
+                functions[name]()
+                taken[name].append(1e6 * (time.perf_counter() - start))
+        return taken
+    # Larger than any L2 cache (50 MiB on an H200, 126 on a B200), and long enough to write that the
+    # host is ahead of the device when the function's turn comes.
+    cold = torch.empty(256 << 20, dtype=torch.int8, device=device)
+    events = []
+    for number in range(rounds):
+        for name in _in_turn(functions, number):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cold.zero_()
+            before.record()
+            functions[name]()
+            after.record()
+            events.append((name, before, after))
+    torch.cuda.synchronize(device)
+    for name, before, after in events:
+        taken[name].append(1e3 * before.elapsed_time(after))
+    return taken
+
+
+def _in_turn(functions: Timings, number: int) -> Iterable[str]:
+    return reversed(list(functions)) if number % 2 else iter(functions)
+
+
+def _fastest(
+    functions: Timings, device: torch.device, rounds: int, say: Progress
+) -> tuple[str, float]:
+    """Time what runs at all and return the name and the median of the fastest."""
+    working = {}
+    for name, function in functions.items():
+        try:
+            function()
+        except Exception as error:  # a tile that a compiler or a device refuses is not a candidate
+            say(f"    {name}: {type(error).__name__}")
+            continue
+        working[name] = function
+    taken = measure_us(working, device, rounds)
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    name = min(medians, key=medians.__getitem__)
+    return name, medians[name]
+
+
+class _Operands:
+    """Random operands of one linear, as the operators get them."""
+
+    def __init__(
+        self, shape: LinearShape, m: int, r: int, dtype: torch.dtype, p: float, device: torch.device
+    ) -> None:
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, device=device).to(dtype)
+
+        n, k = shape.n, shape.k
+        self.x, self.dy, self.weight = draw(m, k), draw(m, n), draw(n, k) * k**-0.5
+        self.a, self.b, self.h = draw(r, k) * k**-0.5, draw(n, r), draw(m, r)
+        self.threshold = dropout.threshold(p)
+        self.seed = torch.ones((), dtype=torch.int64, device=device) if p else None
+        # Their values do not matter to the time, and drawing them by PyTorch would take longer.
+        self.bits = torch.full((m, -(-k // 8)), 255, dtype=torch.uint8, device=device)
+
+
+def tune(
+    model: nn.Module | None = None,
+    *,
+    shapes: Sequence[LinearShape] = (),
+    tokens: Sequence[int] = (8192, 2048),
+    rank: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    dropout_p: float = 0.1,
+    device: torch.device | str = "cuda",
+    rounds: int = 10,
+    out: Path | None = None,
+    progress: Progress = print,
+) -> Path:
+    """Measure plans and tiles on this device and write them to the user's cache.
+
+    Args:
+        model: its linear layers are the shapes to tune for, with or without peft; it may be on the
+            meta device. The output layer (``lm_head``) is left out.
+        shapes: more shapes, or all of them without a model.
+        tokens: rows of a batch to tune for; a call uses the next larger one.
+        rank: of the adapters.
+        dtype: of the frozen weights: bf16 or fp16.
+        dropout_p: of the adapters.
+        device: a CUDA device (or the CPU where Triton is interpreted, which measures nothing).
+        rounds: how often each candidate is timed; medians are compared.
+        out: the table to write or extend; by default the one in the user's cache.
+        progress: called with a line of text now and then.
+
+    Returns:
+        The file that was written. It is written after every shape, so that an interrupted run
+        leaves what it has measured.
+
+    Raises:
+        ValueError: there is nothing to tune, or the kernels do not run on this device.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if reason := plans.unsupported_reason(device, dtype, rank):
+        raise ValueError(f"nothing to tune on {device}: {reason}")
+    failed = plans.check_device(device)
+    if "shrink" in failed or "adapter_grads" in failed:
+        raise ValueError(f"nothing to tune on {device}: {plans.describe(device)}")
+    wanted = dict.fromkeys([*linear_shapes(model), *shapes] if model is not None else shapes)
+    if not wanted:
+        raise ValueError("nothing to tune: give a model with linear layers, or shapes")
+    limits = device_limits(device)
+    path = out or user_cache() / f"{device_slug(limits.name)}.json"
+    entries = dict(read_table(path)) if path.exists() else {}
+    total = len(wanted) * len(tokens)
+    for number, (shape, m) in enumerate(((s, m) for s in wanted for m in tokens), start=1):
+        start = time.perf_counter()
+        found = tune_linear(shape, m, rank, dtype, dropout_p, device, rounds, progress)
+        entries.update({TileKey(**entry["key"]): entry for entry in found})
+        _write(path, limits, entries)
+        chosen = ", ".join(f"{e['key']['operation']} {e['plan']}" for e in found if "plan" in e)
+        progress(
+            f"[{number}/{total}] N={shape.n} K={shape.k} M={m} r={rank}: {chosen} "
+            f"({time.perf_counter() - start:.0f} s)"
+        )
+    plans.forget_measurements()
+    return path
+
+
+def linear_shapes(model: nn.Module) -> list[LinearShape]:
+    """Return the distinct shapes of a model's linear layers, adapters and ``lm_head`` left out."""
+    shapes: dict[LinearShape, None] = {}
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if isinstance(module, nn.Linear) and not {"lora_A", "lora_B", "lm_head"} & set(parts):
+            shapes[LinearShape(module.out_features, module.in_features)] = None
+    return list(shapes)
+
+
+def tune_linear(
+    shape: LinearShape,
+    m: int,
+    r: int,
+    dtype: torch.dtype,
+    dropout_p: float,
+    device: torch.device,
+    rounds: int,
+    say: Progress,
+) -> list[dict[str, Any]]:
+    """Measure one linear with ``m`` rows; returns table entries for its five operations."""
+    operands = _Operands(shape, m, r, dtype, dropout_p, device)
+    limits = device_limits(device)
+    entries: list[dict[str, Any]] = []
+    for operation, run in _thin_products(operands, dtype).items():
+        default = default_tile(operation, limits, dtype, m, shape.n, shape.k, r)
+        tiles = {str(tile): tile for tile in thin_candidates(operation, default)}
+        runs = {name: _bind(run, tile) for name, tile in tiles.items()}
+        best, best_us = _fastest(runs, device, rounds, say)
+        key = tile_key(operation, dtype, m, shape.n, shape.k, r)
+        entries.append({"key": asdict(key), "tile": tiles[best].as_dict(), "us": round(best_us, 2)})
+    if "low_rank_gemm" in plans.check_device(device):
+        return entries
+    for operation, (fused, hybrid, base) in _gemms(operands, dtype).items():
+        tiles = {str(tile): tile for tile in gemm_candidates(limits)}
+        runs = {name: _bind(fused, tile) for name, tile in tiles.items()}
+        best, _ = _fastest(runs, device, rounds, say)
+        # The winner runs again beside the other plan, in turn: a ratio is only fair in one run.
+        taken = measure_us({"fused": runs[best], "hybrid": hybrid, "base": base}, device, rounds)
+        us = {name: round(statistics.median(values), 2) for name, values in taken.items()}
+        key = tile_key(operation, dtype, m, shape.n, shape.k, r)
+        entries.append(
+            {
+                "key": asdict(key),
+                "tile": tiles[best].as_dict(),
+                "plan": plans.FUSED if us["fused"] < us["hybrid"] else plans.HYBRID,
+                "fused_us": us["fused"],
+                "hybrid_us": us["hybrid"],
+                "base_us": us["base"],  # the frozen product alone, by cuBLAS
+            }
+        )
+    return entries
+
+
+def _bind(run: Callable[[TileConfig], object], tile: TileConfig) -> Callable[[], object]:
+    return lambda: run(tile)
+
+
+def _thin_products(o: _Operands, dtype: torch.dtype) -> dict[str, Callable[[TileConfig], object]]:
+    from fastlora.kernels.adapter_grads import adapter_grads, input_pass
+    from fastlora.kernels.shrink import shrink
+
+    masked = o.seed is not None
+    seeds, masks = ([o.seed], [o.bits]) if o.seed is not None else (None, None)
+    da = torch.empty_like(o.a)
+
+    def run_shrink(tile: TileConfig) -> object:
+        options = {"rank_dtype": dtype, "return_bits": masked, "config": tile}
+        return shrink(o.x, [o.a], seeds, o.threshold, **options)  # type: ignore[arg-type]
+
+    def run_output_pass(tile: TileConfig) -> object:
+        options = {"rank_dtype": dtype, "grad_dtype": torch.float32, "output_config": tile}
+        return adapter_grads(o.dy, None, o.h, o.b, None, 1.5, **options)  # type: ignore[arg-type]
+
+    def run_input_pass(tile: TileConfig) -> None:
+        input_pass(o.x, [o.h], [da], masks, o.threshold, rank_dtype=dtype, config=tile)
+
+    return {"shrink": run_shrink, "output_pass": run_output_pass, "input_pass": run_input_pass}
+
+
+def _gemms(
+    o: _Operands, dtype: torch.dtype
+) -> dict[str, tuple[Callable[[TileConfig], object], Callable[[], object], Callable[[], object]]]:
+    """Return for each GEMM its fused form, its hybrid form, and the frozen product alone."""
+    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+
+    masks = [o.bits] if o.seed is not None else None
+    weight_t, b_t = o.weight.t(), o.b.t()
+
+    def fused_forward(tile: TileConfig) -> object:
+        return low_rank_gemm(o.x, o.weight, None, o.h, o.b, 1.5, config=tile)
+
+    def hybrid_forward() -> object:
+        return torch.mm(o.x, weight_t).addmm_(o.h, b_t, alpha=1.5)
+
+    def fused_backward(tile: TileConfig) -> object:
+        operands = [o.dy], [o.weight], [o.h], [o.a]
+        return input_grad(*operands, masks, o.threshold, grad_dtype=dtype, config=tile)
+
+    def hybrid_backward() -> object:
+        if masks is None:
+            return torch.mm(o.dy, o.weight).addmm_(o.h, o.a)
+        dx = input_grad([], [], [o.h], [o.a], masks, o.threshold, grad_dtype=dtype)
+        return dx.addmm_(o.dy, o.weight)
+
+    return {
+        "low_rank_gemm": (fused_forward, hybrid_forward, lambda: torch.mm(o.x, weight_t)),
+        "input_grad": (fused_backward, hybrid_backward, lambda: torch.mm(o.dy, o.weight)),
+    }
+
+
+def _write(path: Path, limits: DeviceLimits, entries: Mapping[TileKey, Mapping[str, Any]]) -> None:
+    """Write a table, whole or not at all."""
+    import triton
+
+    ordered = sorted(entries.items(), key=lambda item: tuple(asdict(item[0]).values()))
+    table = {
+        "device": limits.name,
+        "capability": limits.capability,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "entries": [entry for _, entry in ordered],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(table, indent=1) + "\n")
+    unfinished.replace(path)

@@ -1,0 +1,270 @@
+"""Tiles as data: what a kernel is launched with, which tiles a device can take, and the tuned ones.
+
+    tuned/<device>.json    measured on that device by ``fastlora tune``, committed
+    the user's cache       measured by a user, for what the committed tables lack
+    default_tile           runs on every supported device, and is not fast on any by design
+
+A table also says which *plan* won (see ``fastlora/plans.py``); here only its tile is read.
+Nothing in this file imports triton: plans are looked up on machines that do not have it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TUNED = Path(__file__).parent / "tuned"
+# Rows of a batch are tuned at these sizes, and a call takes the nearest one that is not smaller.
+M_BUCKETS = (64, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """What a kernel is launched with; a kernel reads the fields it has a use for.
+
+    Attributes:
+        block_m: rows of a tile.
+        block_n: columns of the output tile, or of the operand that is walked.
+        block_k: depth of one step of a GEMM's loop.
+        group_m: row blocks that are walked together, for the L2 cache.
+        parts: pieces in which a GEMM's tile is finished and stored; more take fewer registers.
+        splits: parts of the reduction that run side by side, at least 1.
+        num_warps: as in Triton.
+        num_stages: likewise; depth of the software pipeline.
+    """
+
+    block_m: int
+    block_n: int = 0
+    block_k: int = 0
+    group_m: int = 8
+    parts: int = 1
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the fields, as a table stores them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What of a device decides over tiles.
+
+    Attributes:
+        name: as the driver gives it; tables are filed under it.
+        capability: 90 for sm_90; 0 for anything that is not NVIDIA's.
+        shared_bytes: shared memory that one program may use.
+        processors: number of streaming multiprocessors (compute units).
+    """
+
+    name: str
+    capability: int
+    shared_bytes: int
+    processors: int
+
+
+# Without a device, in the interpreter: small, so that a test needs few programs to be complete.
+INTERPRETER = DeviceLimits(name="interpreter", capability=90, shared_bytes=232448, processors=4)
+
+
+@functools.cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Ask the driver once for each device."""
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    return DeviceLimits(
+        name=properties.name,
+        capability=10 * properties.major + properties.minor if nvidia else 0,
+        shared_bytes=getattr(properties, "shared_memory_per_block_optin", 65536),
+        processors=properties.multi_processor_count,
+    )
+
+
+def has_descriptors(limits: DeviceLimits) -> bool:
+    """Return whether tiles can be copied by the tensor memory accelerator: Hopper and later."""
+    return limits.capability >= 90
+
+
+def default_tile(
+    operation: str, limits: DeviceLimits, dtype: torch.dtype, m: int, n: int, k: int, r: int
+) -> TileConfig:
+    """Return a tile that fits every supported device; ``r`` is padded to a power of two by 16.
+
+    Args:
+        operation: ``"shrink"``, ``"low_rank_gemm"``, ``"input_grad"``, ``"output_pass"`` (dh and dB
+            over dy) or ``"input_pass"`` (dA over x).
+        limits: of the device.
+        dtype: of the operands of the products.
+        m: rows.
+        n: out features; 0 where they play no part.
+        k: in features; likewise.
+        r: rank.
+    """
+    wide = dtype == torch.float32
+    rank = padded_rank(r)
+    if operation in ("low_rank_gemm", "input_grad"):
+        return _default_gemm_tile(operation, limits, wide)
+    stages = 2 if wide or rank > 64 or limits.capability == 0 else 3
+    if operation == "shrink":
+        if rank <= 64:
+            block_m, block_k = (32, 32) if wide else (64, 128)
+        else:
+            block_m, block_k = (16, 16) if wide else (32, 32)
+        return TileConfig(
+            block_m=block_m,
+            block_k=block_k,
+            splits=_splits(limits, -(-m // block_m), k, at_least=512),
+            num_warps=8 if rank > 32 and not wide else 4,
+            num_stages=stages,
+        )
+    if operation == "output_pass":
+        block_m = 32 if wide else 128
+        return TileConfig(
+            block_m=block_m,
+            block_n=32 if wide else 64,
+            splits=_splits(limits, -(-m // block_m), n, at_least=512),
+            num_warps=4 if wide else 8,
+            num_stages=stages,
+        )
+    if operation == "input_pass":
+        block_n = (128 if rank <= 64 else 64) if not wide else 32 if rank <= 64 else 16
+        return TileConfig(
+            block_m=64 if rank <= 64 and not wide else 32,
+            block_n=block_n,
+            splits=_splits(limits, -(-k // block_n), m, at_least=512),
+            num_warps=8 if rank > 64 else 4,
+            num_stages=stages,
+        )
+    raise ValueError(f"no such operation: {operation!r}")
+
+
+def _default_gemm_tile(operation: str, limits: DeviceLimits, wide: bool) -> TileConfig:
+    if wide:
+        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if limits.capability == 90:
+        # 128 x 256 x 64 with four stages and the output in two parts: 224 KiB of 227, no spills up
+        # to rank 256 (Triton 3.7, sm_90).
+        return TileConfig(128, 256, 64, parts=2, num_warps=8, num_stages=4)
+    if limits.shared_bytes >= 160 * 1024:  # sm_80, sm_100
+        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
+    return TileConfig(128, 128, 32, num_warps=8, num_stages=3 if limits.capability else 2)
+
+
+def _splits(limits: DeviceLimits, blocks: int, length: int, at_least: int) -> int:
+    """Return in how many parts to split a reduction so that every processor has work."""
+    wanted = -(-limits.processors // max(blocks, 1))
+    return max(1, min(wanted, length // at_least))
+
+
+def with_stages_that_fit(
+    config: TileConfig, limits: DeviceLimits, stage_bytes: int, other_bytes: int
+) -> TileConfig:
+    """Return the tile with as many pipeline stages as shared memory holds, at least one.
+
+    A tile is chosen, and tuned, by the dtype of the products; under autocast the operands may be
+    stored in fp32, twice as wide.
+
+    Args:
+        config: the tile.
+        limits: of the device.
+        stage_bytes: of the operands of one step, as they are stored.
+        other_bytes: shared memory that is used beside the pipeline.
+    """
+    stages = (limits.shared_bytes - other_bytes) // stage_bytes
+    return replace(config, num_stages=max(1, min(config.num_stages, stages)))
+
+
+def padded_rank(rank: int) -> int:
+    """Return the rank as a tile holds it: a power of two, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class TileKey:
+    """What a tuned entry is found by: one operation on one shape, rows rounded up to a bucket."""
+
+    operation: str
+    dtype: str
+    n: int
+    k: int
+    r: int
+    m: int
+
+
+def tile_key(operation: str, dtype: torch.dtype, m: int, n: int, k: int, r: int) -> TileKey:
+    """Return the key that a call with these sizes is looked up by."""
+    bucket = next((size for size in M_BUCKETS if m <= size), M_BUCKETS[-1])
+    n = 0 if operation in ("shrink", "input_pass") else n
+    k = 0 if operation == "output_pass" else k
+    return TileKey(operation, str(dtype).removeprefix("torch."), n, k, padded_rank(r), bucket)
+
+
+def device_slug(name: str) -> str:
+    """Return a device's name as a file name: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def user_cache() -> Path:
+    """Return the folder that ``fastlora tune`` writes to."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "fastlora" / "tuned"
+
+
+@functools.cache
+def tuned_entries(device_name: str) -> Mapping[TileKey, Mapping[str, Any]]:
+    """Return everything that is known of a device: its committed table over the user's cache.
+
+    Read once for each device; ``tuned_entries.cache_clear()`` after a table was written.
+
+    Raises:
+        ValueError: a table cannot be read; the message names the file.
+    """
+    entries: dict[TileKey, Mapping[str, Any]] = {}
+    for folder in (user_cache(), TUNED):
+        path = folder / f"{device_slug(device_name)}.json"
+        if path.exists():
+            entries.update(read_table(path))
+    return entries
+
+
+def read_table(path: Path) -> dict[TileKey, Mapping[str, Any]]:
+    """Read a table of tuned entries.
+
+    Raises:
+        ValueError: it is not such a table; the message names the file.
+    """
+    try:
+        rows = json.loads(path.read_text())["entries"]
+        return {TileKey(**row["key"]): row for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a table of tuned tiles: {error!r}; delete it") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_config_for(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    m: int,
+    *,
+    n: int = 0,
+    k: int = 0,
+    r: int,
+) -> TileConfig:
+    """Return the tuned tile of a call, or the default one (see ``default_tile`` for the args)."""
+    limits = device_limits(device)
+    entry = tuned_entries(limits.name).get(tile_key(operation, dtype, m, n, k, r))
+    if entry is not None and entry.get("tile"):
+        return TileConfig(**entry["tile"])
+    return default_tile(operation, limits, dtype, m, n, k, r)

@@ -1,0 +1,270 @@
+"""Launches and bytes: the counter is right where one can count by hand, and fastlora keeps to them.
+
+Everything is bf16, 2 bytes, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+
+import baselines
+import counts
+import pytest
+import torch
+from accuracy import assert_as_accurate, output_gradient
+from shapes import DROPOUT, LORAFUSION, MODELS, RANK, Linear
+
+import fastlora
+from fastlora import dropout, plans
+from fastlora.kernels import adapter_grads, low_rank_gemm, shrink, tile_config
+from fastlora.kernels.tile_config import TileConfig
+
+M = 2048
+SQUARE = Linear(4096, 4096)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty():
+    """Override the fixture of all tests: filling what fastlora allocates would be counted."""
+
+
+@pytest.fixture
+def no_tuned_tiles(monkeypatch, tmp_path):
+    """Count with default tiles, so that the number of launches does not follow the table."""
+    monkeypatch.setattr(tile_config, "TUNED", tmp_path)
+    counts.count.cache_clear()
+    yield tmp_path
+    counts.count.cache_clear()
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype)
+
+
+def counted(function, *tensors, **kwargs):
+    """Count what one call launches."""
+    with counts.recording() as recorder:
+        function(*[empty(*shape) for shape in tensors], **kwargs)
+    return recorder.counts()
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "elements"),
+    [
+        pytest.param(torch.mm, [(4, 8), (8, 6)], 32 + 48 + 24, id="mm"),
+        pytest.param(lambda x: x @ x.t(), [(4, 8)], 32 + 16, id="an-operand-used-twice"),
+        pytest.param(lambda x: x.add_(1), [(4, 8)], 2 * 32, id="in-place-reads-and-writes"),
+        pytest.param(lambda x: x.zero_(), [(4, 8)], 32, id="zero-only-writes"),
+        pytest.param(lambda x, y: x.copy_(y), [(4, 8), (4, 8)], 2 * 32, id="copy-reads-one"),
+        pytest.param(
+            lambda out, x, y: torch.mm(x, y, out=out),
+            [(4, 6), (4, 8), (8, 6)],
+            32 + 48 + 24,
+            id="out-is-not-read",
+        ),
+        pytest.param(
+            lambda out, x, y: out.addmm_(x, y),
+            [(4, 6), (4, 8), (8, 6)],
+            32 + 48 + 2 * 24,
+            id="addmm-reads-what-it-adds-to",
+        ),
+        pytest.param(
+            lambda out, x, y: out.addmm_(x, y, beta=0),
+            [(4, 6), (4, 8), (8, 6)],
+            32 + 48 + 24,
+            id="beta-0-is-not-read",
+        ),
+        pytest.param(
+            lambda dy, x: dy.expand(4, 8) * x, [(1, 8), (4, 8)], 8 + 2 * 32, id="expanded"
+        ),
+        pytest.param(lambda x: x[:2] + 1, [(4, 8)], 2 * 16, id="a-slice-is-what-it-shows"),
+    ],
+)
+def test_one_operation_moves_each_operand_once(function, shapes, elements):
+    found = counted(function, *shapes)
+    assert (found.launches, found.bytes, found.scratch) == (1, 2 * elements, 0)
+
+
+def test_views_and_allocations_cost_nothing():
+    def views(x):
+        x.t().view(8, 4).detach()[1:].unsqueeze(0).expand(3, -1, -1)
+        x.new_empty(5), torch.empty_like(x), torch.promote_types(x.dtype, torch.float32)
+
+    found = counted(views, (4, 8))
+    assert (found.launches, found.bytes) == (0, 0)
+
+
+def test_dropout_is_one_launch_that_saves_a_byte_mask_as_in_cuda():
+    found = counted(torch.nn.Dropout(0.5), (4, 8))
+    assert found.names == {"native_dropout": 1}
+    assert found.bytes == 2 * 32 + 2 * 32 + 32
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_kernel_moves_each_tensor_in_its_arguments_once_and_partial_results_twice(splits):
+    m, k, r = 64, 256, 16
+    config = TileConfig(32, block_k=32, splits=splits)
+    with counts.recording() as recorder:
+        x, a, seed = empty(m, k), empty(r, k), torch.empty((), dtype=torch.int64)
+        shrink.shrink(
+            x, [a], [seed], dropout.threshold(0.5), rank_dtype=BF16, return_bits=True, config=config
+        )
+    found = recorder.counts()
+    operands = 2 * (m * k + r * k + m * r) + m * k // 8 + 8
+    scratch = 2 * splits * 4 * m * r if splits > 1 else 0
+    assert found.launches == splits
+    assert (found.operands, found.scratch) == (operands, scratch)
+
+
+def test_tensors_inside_descriptors_and_stand_ins_for_absent_ones_are_counted_once():
+    m, n, k, r = 64, 96, 128, 16
+    with counts.recording() as recorder:
+        x, weight, h, b = empty(m, k), empty(n, k), empty(m, r), empty(n, r)
+        low_rank_gemm.low_rank_gemm(x, weight, None, h, b, 1.0)
+    found = recorder.counts()
+    assert found.names == {"_low_rank_gemm_kernel": 1}
+    assert found.bytes == 2 * (m * k + n * k + m * r + n * r + m * n)
+
+
+def test_an_expanded_dy_costs_a_kernel_what_it_holds():
+    m, n, r = 64, 96, 16
+
+    def run(dy):
+        with counts.recording() as recorder:
+            adapter_grads.adapter_grads(
+                dy(), None, empty(m, r), empty(n, r), None, 1.0, rank_dtype=BF16, grad_dtype=BF16
+            )
+        return recorder.counts().bytes
+
+    whole, one = run(lambda: empty(m, n)), run(lambda: empty(1, 1).expand(m, n))
+    assert whole - one == 2 * (m * n - 1)
+
+
+@pytest.mark.parametrize("case", LORAFUSION)
+def test_the_fused_plan_moves_what_the_design_says_and_stays_within_the_limits(case):
+    m, shape = 8192, LORAFUSION[case]
+    n, k, r = shape.n, shape.k, RANK
+    found = counts.count_layer([shape], "fastlora-bf16", "fused", m)
+    x, y, weight, bits, seed = m * k, m * n, n * k, m * k // 8, 8
+    thin, a, b = m * r, r * k, n * r
+    forward = seed + (2 * (x + a + thin) + seed + bits) + 2 * (x + weight + thin + b + y)
+    backward = (
+        2 * (y + b + thin)  # dy, B and h
+        + 2 * (thin + b)  # dh and dB, as sums
+        + (2 * (x + thin) + bits)  # x and dh
+        + 2 * a  # dA, as a sum
+        + (2 * (y + weight + thin + a + x) + bits)  # dx
+    )
+    assert found.operands == forward + backward
+    assert found.operands <= counts.LIMITS[case] * counts.GIB
+    assert found.scratch > 0
+
+
+# A split of K adds one launch to shrink; at 8192 rows the default tile splits from K = 1024 on.
+@pytest.mark.parametrize(
+    ("shape", "p", "provider", "plan", "forward", "backward"),
+    [
+        (SQUARE, DROPOUT, "fastlora", "fused", 4, 5),
+        (SQUARE, DROPOUT, "fastlora", "hybrid", 6, 6),
+        (SQUARE, 0.0, "fastlora", "fused", 3, 5),
+        (SQUARE, 0.0, "fastlora", "hybrid", 5, 7),
+        (MODELS["Qwen2.5-0.5B"]["q_proj"], DROPOUT, "fastlora", "fused", 3, 5),
+        (MODELS["Qwen2.5-0.5B"]["q_proj"], DROPOUT, "fastlora", "hybrid", 5, 6),
+        (SQUARE, DROPOUT, "frozen", "auto", 1, 1),
+        (SQUARE, 0.0, "addmm", "auto", 5, 10),
+        (SQUARE, DROPOUT, "peft-bf16", "auto", 6, 8),
+        (SQUARE, DROPOUT, "peft", "auto", 10, 12),
+    ],
+)
+def test_launches_of_one_linear(no_tuned_tiles, shape, p, provider, plan, forward, backward):
+    passes = counts.count(provider, plan, shape, 8192, p=p)
+    assert [one.launches for one in passes] == [forward, backward]
+
+
+@pytest.mark.parametrize(("plan", "casts"), [("fused", 0), ("hybrid", 1)])
+def test_fp32_adapters_are_cast_inside_the_kernels_and_b_alone_for_cublas(plan, casts):
+    mixed = counts.count_layer([SQUARE], "fastlora", plan, M)
+    half = counts.count_layer([SQUARE], "fastlora-bf16", plan, M)
+    assert mixed.names.get("_to_copy", 0) == casts
+    assert mixed.launches == half.launches + casts
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_fused_moves_less_than_hybrid_and_hybrid_less_than_peft(model):
+    sums = {
+        name: counts.count_layer(MODELS[model].values(), provider, plan, M)
+        for name, (provider, plan) in counts.COLUMNS.items()
+    }
+    moved = [sums[name].bytes for name in ("frozen", "fused", "hybrid", "peft-bf16", "peft")]
+    assert moved == sorted(moved)
+    assert len(set(moved)) == len(moved)
+    launches = [sums[name].launches for name in ("fused", "hybrid", "peft-bf16", "peft")]
+    assert launches == sorted(launches)
+    assert sums["frozen"].saved == 0
+    for name in ("fused", "hybrid"):
+        assert 0 < sums[name].saved < 0.25 * sums["peft"].saved
+
+
+def test_saved_bytes_are_h_and_one_bit_an_element():
+    (forward, _) = counts.count("fastlora", "fused", SQUARE, M)
+    assert forward.saved == 2 * M * RANK + M * SQUARE.k // 8
+
+
+def test_automatic_plans_follow_the_committed_table_and_no_user_s(
+    no_tuned_tiles, monkeypatch, tmp_path_factory
+):
+    linears = {"square": SQUARE, "wide": Linear(8192, 4096)}
+    key = tile_config.tile_key("low_rank_gemm", BF16, M, 4096, 4096, RANK)
+    table = json.dumps({"entries": [{"key": vars(key), "plan": "fused"}]})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    tile_config.user_cache().mkdir(parents=True)
+    (tile_config.user_cache() / "nvidia-h200.json").write_text(table)
+    hybrid = counts.automatic_plans(linears, M)
+    assert hybrid["low_rank_gemm"] == {"square": "hybrid", "wide": "hybrid"}
+    (no_tuned_tiles / "nvidia-h200.json").write_text(table)
+    tuned = counts.automatic_plans(linears, M)
+    assert tuned["low_rank_gemm"] == {"square": "fused", "wide": "hybrid"}
+    assert tuned["input_grad"] == hybrid["input_grad"]
+
+
+@pytest.mark.parametrize("provider", baselines.PROVIDERS[1:])
+def test_what_is_counted_computes_the_same_linear(provider):
+    """Every provider but the bare linear, at p = 0, against peft in fp64."""
+
+    def results(provider, dtype=torch.float32):
+        layer, parameters = baselines.build(
+            provider, Linear(24, 40, True), 8, 0.0, torch.device("cpu"), torch.float32
+        )
+        layer.to(dtype)
+        x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+        x.requires_grad_()
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, *parameters], output_gradient(y))]
+
+    found, native, exact = results(provider), results("peft"), results("peft", torch.float64)
+    for name, *values in zip(("y", "dx", "dA", "dB"), found, native, exact, strict=True):
+        assert_as_accurate(*values, name=name)
+
+
+def test_counting_leaves_nothing_behind():
+    device = torch.device("cpu")
+    before = tile_config.tile_config_for("shrink", device, BF16, 64, k=8192, r=16)
+    failures = dict(plans._failures)
+    counts.count.cache_clear()
+    counts.count("fastlora", "fused", Linear(64, 8192), 64)
+    assert tile_config.tile_config_for("shrink", device, BF16, 64, k=8192, r=16) == before
+    assert plans.device_limits(device) == tile_config.INTERPRETER
+    assert plans._failures == failures
+    layer = fastlora.LoRALinear.from_linear(torch.nn.Linear(8, 8), lora_dropout=0.5)
+    assert layer(torch.ones(2, 8)).isfinite().all()
+
+
+def test_the_command_fails_where_a_limit_on_operands_is_exceeded(monkeypatch, capsys):
+    _, problems = counts.lorafusion_table()
+    assert problems == []
+    monkeypatch.setitem(counts.LIMITS, "5120 x 5120", 0.6)
+    rows, problems = counts.lorafusion_table()
+    assert [problem.partition(":")[0] for problem in problems] == ["5120 x 5120"]
+    assert [row["case"] for row in rows] == list(LORAFUSION)
+    assert "EXCEEDED" in capsys.readouterr().out

@@ -1,0 +1,94 @@
+"""``benchmarks/gpu.py`` runs without a GPU, so that its first run on one is not for debugging."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu
+import pytest
+import torch
+from shapes import MODELS
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("gpu-parts")
+
+
+def run(*arguments, check=True):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks/gpu.py", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=check,
+    )
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_a_part_runs_and_leaves_its_files(part, tmp_path):
+    run("--part", part, "--out", tmp_path, "--smoke", "--commit", "abc1234")
+    log = (tmp_path / f"{part}.log").read_text()
+    assert "commit=abc1234 device=smoke" in log
+    if part == "tests":
+        assert " passed" in log
+    if part == "tune":
+        assert json.loads((tmp_path / "tuned.json").read_text())["entries"]
+    if part == "train":
+        rows = list(csv.DictReader((tmp_path / "train.csv").read_text().splitlines()))
+        seen = {(row["provider"], float(row["p"]), row["plan"]) for row in rows}
+        assert seen == set(gpu.TIMED)
+        assert {row["linear"] for row in rows} == {"q_proj", "layer"}
+        assert all(float(row["graph_us"]) > 0 for row in rows)
+
+
+def test_results_are_filed_under_their_device(tmp_path, monkeypatch):
+    from fastlora.kernels import tile_config
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train.csv").write_text("device,graph_us\nNVIDIA H200,1.0\n")
+    (tmp_path / "in" / "train.log").write_text("log\n")
+    table = {"device": "NVIDIA H200", "entries": []}
+    (tmp_path / "in" / "tuned.json").write_text(json.dumps(table))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(tile_config, "TUNED", tmp_path / "tuned")
+    assert gpu.import_results(tmp_path / "in") == 0
+    results = tmp_path / "benchmarks" / "results" / "nvidia-h200"
+    assert sorted(path.name for path in results.iterdir()) == ["train.csv", "train.log"]
+    assert json.loads((tmp_path / "tuned" / "nvidia-h200.json").read_text()) == table
+
+
+def test_results_of_no_device_are_refused(tmp_path, capsys):
+    assert gpu.import_results(tmp_path) == 1
+    assert "no device" in capsys.readouterr().out
+
+
+def test_what_is_promised_is_what_is_timed():
+    assert set(gpu.PROMISES) == set(MODELS)
+    for needed in (("fastlora", 0.1, "auto"), ("peft", 0.1, "auto"), ("peft-bf16", 0.1, "auto")):
+        assert needed in gpu.TIMED
+
+
+def test_without_a_gpu_and_without_smoke_it_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = run("--part", "tune", "--out", tmp_path, check=False)
+    assert result.returncode == 2
+    assert "there is no CUDA device; --smoke runs without one" in result.stderr
+
+
+def test_metrics_of_all_kernels_are_added_up():
+    read, write = gpu.DRAM_METRICS
+    output = "\n".join(
+        [
+            "==PROF== noise",
+            f'"ID","{read}","{write}"',
+            '"","Mbyte","byte"',
+            '"0","1.5","1,000"',
+            '"1","0.5","24"',
+        ]
+    )
+    assert gpu._sum_metrics(output) == {read: 2e6, write: 1024.0}

@@ -1,0 +1,177 @@
+"""The ``shrink`` kernel against its definition; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    HALVES,
+    LAYOUTS,
+    SMALL,
+    P,
+    assert_kernel_as_accurate,
+    doubles,
+    every_second,
+    randn,
+    seed_of,
+    transposed,
+)
+
+from fastlora import dropout, reference
+from fastlora.kernels.shrink import shrink
+
+THRESHOLD = dropout.threshold(P)
+
+# (rows, in features, ranks of the siblings, splits of K): each with its reason.
+CASES = [
+    pytest.param((1, 64, (16,), 1), id="one-row"),
+    pytest.param((33, 72, (8,), 1), id="ragged-tiles"),
+    pytest.param((0, 64, (8,), 1), id="no-rows"),
+    pytest.param((20, 33, (1,), 1), id="odd-columns-rank-1"),
+    pytest.param((20, 1, (5,), 1), id="one-column-rank-5"),
+    pytest.param((17, 40, (64,), 1), id="rank-64"),
+    pytest.param((17, 40, (128,), 1), id="rank-128"),
+    pytest.param((17, 40, (256,), 1), id="rank-256"),
+    pytest.param((17, 130, (8,), 3), id="three-splits-the-last-one-shorter"),
+    pytest.param((20, 72, (8,), 7), id="more-splits-than-column-blocks"),
+    pytest.param((20, 72, (5, 16, 1), 1), id="siblings"),
+    pytest.param((17, 71, (5, 64, 16), 2), id="siblings-and-splits"),
+]
+
+
+def make_inputs(case, dtype=torch.float32):
+    m, k, ranks, splits = case
+    x = randn(m, k, dtype=dtype)
+    lora_as = [randn(rank, k, dtype=dtype, scale=k**-0.5) for rank in ranks]
+    seeds = [seed_of(17 + 2**40 * g) for g in range(len(ranks))]
+    return x, lora_as, seeds, replace(SMALL, splits=splits)
+
+
+def check(hs, x, lora_as, keeps, rank_dtype, gain=1.0):
+    """Compare with the definition on operands that were rounded to ``rank_dtype`` once."""
+    for h, a, keep in zip(hs, lora_as, keeps, strict=True):
+        x_rank, a_rank = x.to(rank_dtype), a.to(rank_dtype)
+        native = gain * reference.shrink(x_rank, a_rank, keep)
+        exact = gain * reference.shrink(*doubles(x_rank, a_rank), keep)
+        assert_kernel_as_accurate(h, native, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_is_as_accurate_as_torch(case, dtype):
+    x, lora_as, _, config = make_inputs(case, dtype)
+    hs, bits = shrink(x, lora_as, rank_dtype=dtype, config=config)
+    assert bits == []
+    check(hs, x, lora_as, [None] * len(lora_as), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_is_as_accurate_as_torch_under_dropout(case, dtype):
+    x, lora_as, seeds, config = make_inputs(case, dtype)
+    hs, bits = shrink(x, lora_as, seeds, THRESHOLD, rank_dtype=dtype, config=config)
+    assert bits == []
+    check(hs, x, lora_as, [dropout.keep_mask(seed, *x.shape, P) for seed in seeds], dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bits_are_the_defined_mask(case):
+    x, lora_as, seeds, config = make_inputs(case)
+    _, bits = shrink(
+        x, lora_as, seeds, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config
+    )
+    assert len(bits) == len(lora_as)
+    for seed, mask in zip(seeds, bits, strict=True):
+        keep = dropout.keep_mask(seed, *x.shape, P)
+        assert torch.equal(dropout.unpack(mask, x.shape[1]), keep)
+
+
+def test_writing_bits_does_not_change_h():
+    x, lora_as, seeds, config = make_inputs((17, 72, (5, 16), 2))
+    hs, _ = shrink(x, lora_as, seeds, THRESHOLD, rank_dtype=x.dtype, config=config)
+    others, _ = shrink(
+        x, lora_as, seeds, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config
+    )
+    assert all(map(torch.equal, hs, others))
+
+
+def test_no_bits_without_dropout():
+    x, lora_as, *_ = make_inputs((20, 72, (5,), 1))
+    assert shrink(x, lora_as, rank_dtype=x.dtype, return_bits=True, config=SMALL)[1] == []
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_takes_every_layout(layout, splits):
+    x, lora_as, seeds, config = make_inputs((20, 72, (5, 16), splits))
+    strided = layout(x), [layout(a) for a in lora_as]
+    hs, _ = shrink(*strided, seeds, THRESHOLD, rank_dtype=x.dtype, config=config)
+    check(hs, x, lora_as, [dropout.keep_mask(seed, *x.shape, P) for seed in seeds], x.dtype)
+
+
+def test_siblings_may_differ_in_layout():
+    x, (a, b, c), *_ = make_inputs((20, 72, (5, 16, 8), 1))
+    mixed = [transposed(a), every_second(b), c]
+    hs, _ = shrink(x, mixed, rank_dtype=x.dtype, config=SMALL)
+    check(hs, x, (a, b, c), (None, None, None), x.dtype)
+
+
+def test_x_may_be_one_row_expanded():
+    x, lora_as, *_ = make_inputs((1, 72, (5,), 1))
+    hs, _ = shrink(x.expand(33, 72), lora_as, rank_dtype=x.dtype, config=SMALL)
+    check(hs, x.expand(33, 72), lora_as, [None], x.dtype)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_fp32_adapter_is_rounded_to_half_under_autocast(half):
+    x, lora_as, *_ = make_inputs((20, 72, (5,), 1))
+    hs, _ = shrink(x.to(half), lora_as, rank_dtype=half, config=SMALL)
+    check(hs, x.to(half), lora_as, [None], half)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_fp32_adapter_on_a_half_base_computes_in_fp32(half):
+    x, lora_as, *_ = make_inputs((20, 72, (5,), 1))
+    hs, _ = shrink(x.to(half), lora_as, rank_dtype=torch.float32, config=SMALL)
+    check(hs, x.to(half), lora_as, [None], torch.float32)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("gain", [0.0, -1.5, 1 / 3, 1.7])
+def test_gain_multiplies_the_sum_once(gain, splits):
+    x, lora_as, _, config = make_inputs((20, 72, (5,), splits))
+    hs, _ = shrink(x, lora_as, rank_dtype=x.dtype, gain=gain, config=config)
+    check(hs, x, lora_as, [None], x.dtype, gain)
+
+
+def test_same_inputs_give_the_same_bits():
+    x, lora_as, seeds, config = make_inputs((20, 72, (5, 16), 3), torch.float16)
+    runs = [
+        shrink(x, lora_as, seeds, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config)
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_default_tile_covers_everything(dtype):
+    x, lora_as, seeds, _ = make_inputs((70, 40, (8, 70), 1), dtype)
+    hs, _ = shrink(x, lora_as, seeds, THRESHOLD, rank_dtype=dtype)
+    check(hs, x, lora_as, [dropout.keep_mask(seed, *x.shape, P) for seed in seeds], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, P], ids=["no-dropout", "dropout"])
+@pytest.mark.parametrize("ranks", [(5,), (16,), (64,), (128,), (256,), (16, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_default_tile_is_as_accurate_as_torch_at_real_sizes(dtype, ranks, p):
+    x, lora_as, seeds, _ = make_inputs((1000, 4096, ranks, 1), dtype)
+    assert x.device == DEVICE
+    hs, _ = shrink(x, lora_as, seeds if p else None, THRESHOLD, rank_dtype=dtype)
+    keeps = [dropout.keep_mask(seed, *x.shape, P) if p else None for seed in seeds]
+    check(hs, x, lora_as, keeps, dtype)

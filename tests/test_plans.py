@@ -1,0 +1,255 @@
+"""Which plan a call follows: what is asked for, what the device can do, what was measured."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from tiny_models import tiny_peft
+
+import fastlora
+from fastlora import plans
+from fastlora.kernels import tile_config
+from fastlora.kernels.tile_config import DeviceLimits
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+H200 = DeviceLimits("NVIDIA H200", capability=90, shared_bytes=232448, processors=132)
+OPERATIONS = ["shrink", "low_rank_gemm", "adapter_grads", "input_grad"]
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """Pretend that ``CUDA`` is a device with some limits that passed (or failed) its check."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tile_config, "TUNED", tmp_path / "committed")
+    monkeypatch.delenv(plans.ENVIRONMENT, raising=False)
+    caches = (plans.unsupported_reason, plans._automatic, tile_config.tuned_entries)
+
+    def as_device(limits, failures=None):
+        monkeypatch.setattr(plans, "device_limits", lambda device: limits)
+        monkeypatch.setitem(plans._failures, CUDA, failures or {})
+        for cache in caches:
+            cache.cache_clear()
+
+    yield as_device
+    for cache in caches:
+        cache.cache_clear()
+
+
+def plan(operation="low_rank_gemm", device=CUDA, dtype=BF16, m=8192, n=4096, k=4096, r=16, **kw):
+    return plans.plan_for(operation, device, dtype, m, n, k, r, **kw)
+
+
+def test_without_a_gpu_everything_is_plain():
+    for operation in OPERATIONS:
+        assert plan(operation, CPU) == "plain"
+
+
+@pytest.mark.skipif(not plans.interpreting(), reason="kernels are not interpreted here")
+def test_interpreted_kernels_take_cpu_tensors_when_asked_to():
+    with fastlora.backend("fused"):
+        assert plan("low_rank_gemm", CPU) == "fused"
+    with fastlora.backend("hybrid"):
+        assert plan("low_rank_gemm", CPU) == "hybrid"
+    assert plan("low_rank_gemm", CPU) == "plain"
+
+
+def test_a_shape_that_was_not_measured_is_hybrid(pretend):
+    pretend(H200)
+    assert {plan(operation) for operation in OPERATIONS} == {"hybrid"}
+
+
+def test_few_rows_go_to_cublas_unless_a_mask_is_drawn(pretend):
+    pretend(H200)
+    assert plan(m=63) == "plain"
+    assert plan("shrink", m=63) == "plain"
+    assert plan("shrink", m=63, masked=True) == "hybrid"
+    assert plan(m=64) == "hybrid"
+
+
+def write_table(folder, plan, **key):
+    key = {"operation": "low_rank_gemm", "dtype": "bfloat16", "n": 4096, "k": 4096, "r": 16} | key
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {"key": {"m": 8192} | key, "plan": plan, "tile": None}
+    (folder / "nvidia-h200.json").write_text(json.dumps({"entries": [entry]}))
+
+
+def test_a_measured_shape_follows_its_table(pretend, tmp_path):
+    write_table(tmp_path / "fastlora" / "tuned", "fused")
+    pretend(H200)
+    assert plan() == "fused"
+    assert plan(m=5000) == "fused"  # rounded up to 8192 rows
+    assert plan(r=9) == "fused"  # padded to rank 16
+    assert plan(m=2048) == "hybrid"
+    assert plan(n=1024) == "hybrid"
+    assert plan(dtype=FP16) == "hybrid"
+
+
+def test_the_committed_table_stands_above_the_users_cache(pretend, tmp_path):
+    write_table(tmp_path / "fastlora" / "tuned", "fused")
+    write_table(tmp_path / "committed", "hybrid")
+    pretend(H200)
+    assert plan() == "hybrid"
+
+
+@pytest.mark.parametrize(
+    ("forced", "expected"),
+    [("fused", "fused"), ("triton", "fused"), ("hybrid", "hybrid"), ("plain", "plain")],
+)
+def test_a_plan_can_be_forced(pretend, monkeypatch, forced, expected):
+    pretend(H200)
+    with fastlora.backend(forced):
+        assert plan() == expected
+    assert plan() == "hybrid"
+    monkeypatch.setenv(plans.ENVIRONMENT, forced)
+    assert plan() == expected
+    with fastlora.backend("auto"):  # the innermost request counts
+        assert plan() == "hybrid"
+
+
+def test_a_wrong_name_is_refused_with_the_right_ones(monkeypatch):
+    with pytest.raises(ValueError, match=r"backend must be one of .*'hybrid'.*, got 'cublas'"):
+        fastlora.backend("cublas").__enter__()
+    monkeypatch.setenv(plans.ENVIRONMENT, "fast")
+    with pytest.raises(ValueError, match=r"FASTLORA_BACKEND must be one of .*, got 'fast'"):
+        plans.requested()
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "reason"),
+    [
+        pytest.param(
+            DeviceLimits("Tesla T4", 75, 65536, 40), {}, "sm_75; the kernels need sm_80", id="old"
+        ),
+        pytest.param(H200, {"dtype": FP64}, "not in torch.float64", id="fp64"),
+        pytest.param(H200, {"r": 257}, "ranks up to 256, not 257", id="rank"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_plain_and_has_a_reason(pretend, limits, changes, reason):
+    pretend(limits)
+    with fastlora.backend("fused"):
+        assert {plan(operation, **changes) for operation in OPERATIONS} == {"plain"}
+    arguments = {"dtype": BF16, "r": 16} | changes
+    assert reason in plans.unsupported_reason(CUDA, arguments["dtype"], arguments["r"])
+
+
+def test_an_unknown_new_device_is_hybrid(pretend):
+    pretend(DeviceLimits("NVIDIA Z900", capability=150, shared_bytes=300000, processors=1))
+    assert plan() == "hybrid"
+
+
+def test_exact_fp32_gemms_stay_with_cublas(pretend, monkeypatch):
+    pretend(H200)
+    monkeypatch.setattr(plans, "interpreting", lambda: False)
+    with fastlora.backend("fused"):
+        assert plan(dtype=FP32) == "hybrid"
+        assert plan("shrink", dtype=FP32) == "fused"
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            assert plan(dtype=FP32) == "fused"
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [("low_rank_gemm", "hybrid"), ("shrink", "plain"), ("adapter_grads", "plain")],
+)
+def test_a_kernel_that_failed_its_check_is_not_used(pretend, kernel, expected):
+    pretend(H200, {kernel: "h is off by 1.0e+00"})
+    with fastlora.backend("fused"):
+        assert plan() == expected
+    described = plans.describe(CUDA)
+    assert described.startswith(f"cuda:0 (NVIDIA H200): {expected}")
+    assert f"{kernel}: h is off by 1.0e+00" in described
+
+
+def test_a_device_that_was_not_checked_is_plain_inside_a_capture(pretend, monkeypatch):
+    pretend(H200)
+    monkeypatch.delitem(plans._failures, CUDA)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(plans, "check_device", lambda device: pytest.fail("checked in a capture"))
+    assert plan() == "plain"
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    monkeypatch.setattr(plans, "_failures", {})
+
+
+interpreted = pytest.mark.skipif(not plans.interpreting(), reason="runs on the interpreter")
+
+
+@interpreted
+def test_correct_kernels_pass_the_check_once(unchecked, monkeypatch):
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plans.check_device(CPU) == {}
+    assert torch.equal(torch.get_rng_state(), state)  # the user's random stream is untouched
+    monkeypatch.setattr(plans, "_wrong_result", lambda *_: pytest.fail("checked twice"))
+    assert plans.check_device(CPU) == {}
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("kernel", "fallback"),
+    [("low_rank_gemm", "hybrid"), ("shrink", "plain"), ("adapter_grads", "plain")],
+)
+def test_a_wrong_kernel_is_found_and_leads_to_another_plan(
+    unchecked, monkeypatch, kernel, fallback
+):
+    """The kernels themselves are broken here, not the check: the loads see a wrong stride."""
+    import importlib
+
+    module = importlib.import_module(f"fastlora.kernels.{kernel}")
+    launch = getattr(module, f"_{kernel}_kernel")
+
+    class Broken:
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                launch[grid](*args, **kwargs)
+                for tensor in outputs(args):
+                    tensor.mul_(1.5)
+
+            return run
+
+    def outputs(args):
+        """Everything the launch may have written: dense floating-point tensors."""
+        for arg in args:
+            if isinstance(arg, tuple):
+                yield from outputs(arg)
+            else:
+                tensor = getattr(arg, "base", arg)
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    yield tensor
+
+    monkeypatch.setattr(module, f"_{kernel}_kernel", Broken())
+    with pytest.warns(
+        RuntimeWarning, match=rf"kernel {kernel} does not work .*the {fallback} plan"
+    ):
+        failures = plans.check_device(CPU)
+    assert list(failures) == [kernel]
+    with fastlora.backend("fused"):
+        assert plan("low_rank_gemm", CPU) == fallback
+
+
+def test_a_compiler_that_fails_is_a_reason_and_not_an_error(unchecked, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("ptxas: unsupported architecture\nmore")
+
+    monkeypatch.setattr(plans, "_wrong_result", fail)
+    with pytest.warns(RuntimeWarning, match="RuntimeError: ptxas: unsupported architecture"):
+        failures = plans.check_device(CPU)
+    assert set(failures) == set(plans.KERNELS)
+
+
+def test_explain_names_the_plan_that_is_forced():
+    model = tiny_peft()
+    fastlora.patch(model)
+    assert "plan on" not in fastlora.explain(model)
+    with fastlora.backend("hybrid"):
+        assert "  plan on cpu" in fastlora.explain(model)

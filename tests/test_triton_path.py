@@ -1,0 +1,239 @@
+"""The whole package on the Triton kernels: ``lora_linear``, layers and models, every plan.
+
+Without a GPU the kernels are interpreted, on CPU tensors, where a plan is forced. The interpreter
+truncates when it rounds to bf16 (a third more error than rounding to nearest), so bf16 is compared
+on a GPU alone; fp16 stands in for it here.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accuracy import assert_as_accurate, gradients, output_gradient
+from tiny_models import tiny_peft
+
+import fastlora
+from fastlora import dropout, lora_linear, plans
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(
+    not (GPU or plans.interpreting()), reason="the kernels are neither compiled nor interpreted"
+)
+
+FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+PLANS = ["hybrid", "fused"]
+
+# base dtype, adapter dtype, autocast dtype
+DTYPES = [
+    pytest.param((FP32, FP32, None), id="fp32"),
+    pytest.param((FP16, FP16, None), id="fp16"),
+    pytest.param((FP16, FP32, None), id="fp16-fp32-adapters"),
+    pytest.param((FP16, FP32, FP16), id="fp16-autocast"),
+    pytest.param((FP32, FP32, FP16), id="fp32-autocast-fp16"),
+    pytest.param((BF16, BF16, None), id="bf16", marks=pytest.mark.gpu),
+    pytest.param((BF16, FP32, None), id="bf16-fp32-adapters", marks=pytest.mark.gpu),
+    pytest.param((BF16, FP32, BF16), id="bf16-autocast", marks=pytest.mark.gpu),
+]
+# rows, in features, out features, rank, bias
+SHAPES = [
+    pytest.param((2, 20, 64, 48, 5, True), id="ordinary"),
+    pytest.param((1, 1, 33, 7, 16, False), id="one-row-odd-sizes"),
+    pytest.param((1, 33, 72, 40, 72, False), id="ragged-tiles-rank-72"),
+]
+
+
+def make_inputs(shape, dtypes):
+    batch, length, k, n, r, bias = shape
+    base, adapter, _ = dtypes
+    tensors = {
+        "x": torch.randn(batch, length, k).to(base).requires_grad_(),
+        "weight": (torch.randn(n, k) * k**-0.5).to(base),
+        "bias": torch.randn(n).to(base) if bias else None,
+        "lora_a": (torch.randn(r, k) * k**-0.5).to(adapter).requires_grad_(),
+        "lora_b": torch.randn(n, r).to(adapter).requires_grad_(),
+    }
+    return {
+        name: tensor
+        if tensor is None
+        else tensor.detach().to(DEVICE).requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+
+
+def as_peft(keep, scaling, p):
+    """peft's formula, on a given mask."""
+
+    def apply(x, weight, bias, lora_a, lora_b):
+        y = torch.nn.functional.linear(x, weight, bias)
+        dropped = x.to(lora_a.dtype)
+        if p:
+            dropped = dropped * keep.to(dropped.dtype).view(x.shape) / (1 - p)
+        low = torch.nn.functional.linear(torch.nn.functional.linear(dropped, lora_a), lora_b)
+        return (y + low * scaling).to(y.dtype)
+
+    return apply
+
+
+@pytest.mark.parametrize(("p", "mask"), [(0.0, "bits"), (0.25, "bits"), (0.25, "recompute")])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_forward_and_backward_are_as_accurate_as_peft(plan, dtypes, shape, p, mask):
+    inputs = make_inputs(shape, dtypes)
+    x = inputs["x"]
+    rows = x.numel() // x.shape[-1]
+    keep = dropout.keep_mask(torch.tensor(11, device=DEVICE), rows, x.shape[-1], p)
+    peft = as_peft(keep, 1.7, p)
+
+    def ours(**tensors):
+        with fastlora.backend(plan):
+            return lora_linear(**tensors, scaling=1.7, dropout_p=p, seed=11, dropout_mask=mask)
+
+    def run(function, tensors, autocast):
+        with (
+            fastlora.backend(plan),
+            torch.autocast(DEVICE, dtype=autocast or FP16, enabled=autocast is not None),
+        ):
+            y = function(**tensors)
+        with fastlora.backend(plan):
+            dy = output_gradient(y)
+            wanted = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
+            grads = torch.autograd.grad(y, list(wanted.values()), dy)
+        return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+
+    exact_inputs = {
+        name: t if t is None else t.detach().double().requires_grad_(t.requires_grad)
+        for name, t in inputs.items()
+    }
+    results = [run(f, inputs, dtypes[2]) for f in (ours, peft)]
+    exact = run(peft, exact_inputs, None)
+    for name in exact:
+        assert_as_accurate(results[0][name], results[1][name], exact[name], name=name)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_draws_the_same_mask(plan):
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP32, FP32, None))
+    results = []
+    for name in ("plain", plan):
+        torch.manual_seed(3)
+        with fastlora.backend(name):
+            y = lora_linear(**inputs, scaling=1.0, dropout_p=0.5)
+        results.append(y.detach().double())
+    error = (results[1] - results[0]).norm() / results[0].norm()
+    assert error < 1e-5  # another mask would be off by a third
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_same_seed_gives_the_same_bits_three_times(plan):
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP16, FP32, None))
+    with fastlora.backend(plan):
+        runs = [
+            gradients(lambda **t: lora_linear(**t, scaling=1.7, dropout_p=0.1, seed=4), inputs)
+            for _ in range(3)
+        ]
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name])
+        assert torch.equal(runs[0][name], runs[2][name])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_expanded_output_gradient_is_taken_as_it_is(plan):
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP32, FP32, None))
+    wanted = [inputs[name] for name in ("x", "lora_a", "lora_b")]
+    results = []
+    for name in ("plain", plan):
+        with fastlora.backend(name):
+            y = lora_linear(**inputs, scaling=1.0, dropout_p=0.5, seed=9)
+            results.append(torch.autograd.grad(y.sum(), wanted))
+    for ours, plain in zip(results[1], results[0], strict=True):
+        assert (ours - plain).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("scaling", [0.0, -2.0, 1e-30, 1e30])
+def test_any_scaling_is_honoured(plan, scaling):
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP32, FP32, None))
+    results = []
+    for name in ("plain", plan):
+        with fastlora.backend(name):
+            results.append(lora_linear(**inputs, scaling=scaling).detach())
+    assert (results[1] - results[0]).norm() <= 1e-6 * results[0].norm()
+
+
+def test_scaling_that_changes_between_calls_is_honoured():
+    model = tiny_peft().to(DEVICE)
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A") and m.lora_A)
+    fastlora.patch(model)
+    x = torch.randn(8, layer.in_features, device=DEVICE)
+    with fastlora.backend("fused"), torch.no_grad():
+        base, once = layer.base_layer(x), layer(x)
+        layer.scale_layer(3.0)
+        thrice = layer(x)
+    assert (thrice - base - 3 * (once - base)).norm() <= 1e-5 * thrice.norm()
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_patched_qwen_trains_through_the_kernels_as_it_does_without(plan, p, dtype):
+    """Logits and gradients of a tiny Qwen2; at p > 0 the plain plan draws the same masks."""
+    model = tiny_peft(lora_dropout=p).to(DEVICE, dtype).train()
+    peft = copy.deepcopy(model)
+    fastlora.patch(model, strict=True)
+    tokens = torch.arange(24, device=DEVICE).view(2, 12)
+
+    def step(model, plan):
+        torch.manual_seed(5)
+        model.zero_grad(set_to_none=True)
+        with fastlora.backend(plan):
+            logits = model(input_ids=tokens).logits
+            logits.backward(output_gradient(logits))
+        named = [(name, q.grad) for name, q in model.named_parameters() if q.grad is not None]
+        # All A and all B as one vector each: a single small gradient is off by luck.
+        together = {
+            part: torch.cat([grad.flatten() for name, grad in named if part in name])
+            for part in ("lora_A", "lora_B")
+        }
+        return {"logits": logits.detach(), **together}
+
+    ours = step(model, plan)
+    native = step(model, "plain") if p else step(peft, "auto")
+    exact = step(copy.deepcopy(model if p else peft).double(), "plain")
+    # In fp32 nothing is rounded but the sums themselves, and their order is not PyTorch's.
+    factor = 2.0 if dtype == FP32 else 1.2
+    for name in ours:
+        assert_as_accurate(ours[name], native[name], exact[name], factor, name)
+
+
+def test_the_kernels_really_run(monkeypatch):
+    """What the tests above compare would also agree if everything went to the plain plan."""
+    from fastlora.kernels import adapter_grads, low_rank_gemm, shrink
+
+    launched = []
+    for module in (shrink, low_rank_gemm, adapter_grads):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, _Counted(getattr(module, name), name, launched))
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP32, FP32, None))
+    for plan, gemms in (("plain", 0), ("hybrid", 1), ("fused", 2)):
+        launched.clear()
+        with fastlora.backend(plan):
+            lora_linear(**inputs, scaling=1.0, dropout_p=0.5).sum().backward()
+        thin = int(plan != "plain")
+        assert launched.count("_shrink_kernel") == thin
+        assert launched.count("_adapter_grads_kernel") == thin
+        assert launched.count("_input_pass_kernel") == thin
+        # An expanded dy (of sum) is not aligned: its dx goes to cuBLAS, after the masked term.
+        assert launched.count("_low_rank_gemm_kernel") == gemms
+
+
+class _Counted:
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]

@@ -1,0 +1,163 @@
+"""``fastlora tune``: the command, what it measures, and that later calls follow its table."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_peft
+
+import fastlora
+from fastlora import cli, plans, tuning
+from fastlora.kernels import tile_config
+from fastlora.kernels.tile_config import DeviceLimits, TileConfig
+from fastlora.tuning import LinearShape
+
+CPU = torch.device("cpu")
+H200 = DeviceLimits("NVIDIA H200", capability=90, shared_bytes=232448, processors=132)
+interpreted = pytest.mark.skipif(not plans.interpreting(), reason="runs on the interpreter")
+TUNE = ["tune", "--device", "cpu", "--dtype", "float16", "--tokens", "32", "--rounds", "1"]
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    """One tile instead of ten: the interpreter takes a tenth of a second for each."""
+    tile = TileConfig(32, 32, 32)
+    monkeypatch.setattr(tuning, "gemm_candidates", lambda limits: iter([tile]))
+    monkeypatch.setattr(tuning, "thin_candidates", lambda operation, default: iter([default]))
+    yield
+    plans.forget_measurements()
+
+
+@interpreted
+def test_the_command_writes_a_table_that_calls_follow(
+    few_candidates, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main([*TUNE, "--shape", "48", "64"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "fastlora" / "tuned" / "interpreter.json"
+    assert "[1/1] N=48 K=64 M=32 r=16: low_rank_gemm " in printed
+    assert f"written to {path}" in printed
+    table = json.loads(path.read_text())
+    found = {entry["key"]["operation"]: entry for entry in table["entries"]}
+    assert set(found) == {
+        "shrink", "low_rank_gemm", "input_grad", "output_pass", "input_pass"
+    }  # fmt: skip
+    gemm = found["low_rank_gemm"]
+    assert gemm["plan"] == ("fused" if gemm["fused_us"] < gemm["hybrid_us"] else "hybrid")
+    tile = tile_config.tile_config_for("low_rank_gemm", CPU, torch.float16, 32, n=48, k=64, r=16)
+    assert tile == TileConfig(32, 32, 32)
+
+
+@interpreted
+def test_tuning_again_adds_to_the_table(few_candidates, tmp_path):
+    out = tmp_path / "table.json"
+    for n in ("48", "80"):
+        assert cli.main([*TUNE, "--shape", n, "64", "--out", str(out)]) == 0
+    keys = tile_config.read_table(out)
+    assert {key.n for key in keys if key.operation == "low_rank_gemm"} == {48, 80}
+
+
+@interpreted
+def test_the_function_takes_a_model(few_candidates, tmp_path):
+    lines = []
+    path = fastlora.tune(
+        tiny_peft(),
+        tokens=[32],
+        rank=4,
+        dtype=torch.float16,
+        device="cpu",
+        rounds=1,
+        out=tmp_path / "table.json",
+        progress=lines.append,
+    )
+    assert len(lines) == len(tuning.linear_shapes(tiny_model()))
+    assert tile_config.read_table(path)
+
+
+def test_shapes_are_those_of_the_frozen_linears():
+    expected = tuning.linear_shapes(tiny_model())
+    assert tuning.linear_shapes(tiny_peft()) == expected  # without the adapters
+    layer = tiny_model().model.layers[0]
+    assert LinearShape(*layer.mlp.down_proj.weight.shape) in expected
+    assert len(set(expected)) == len(expected)
+
+
+def test_the_output_layer_is_left_out():
+    model = tiny_model()
+    assert LinearShape(*model.lm_head.weight.shape) not in tuning.linear_shapes(model)
+
+
+def test_a_model_is_read_from_its_config_alone(tmp_path):
+    tiny_model().config.save_pretrained(tmp_path)
+    model = cli._model_on_meta(str(tmp_path))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert tuning.linear_shapes(model) == tuning.linear_shapes(tiny_model())
+
+
+def test_candidates_fit_their_device():
+    small = DeviceLimits("RTX", capability=89, shared_bytes=99 * 1024, processors=128)
+    for limits in (H200, small):
+        tiles = list(tuning.gemm_candidates(limits))
+        assert tiles
+        assert all(tuning.fits(tile, limits) for tile in tiles)
+    assert all(tile.block_m * tile.block_n <= 128 * 128 for tile in tuning.gemm_candidates(small))
+
+
+def test_a_tile_that_does_not_run_is_not_a_candidate():
+    def fail():
+        raise RuntimeError("out of resources")
+
+    said = []
+    name, _ = tuning._fastest({"bad": fail, "good": lambda: None}, CPU, 1, said.append)
+    assert name == "good"
+    assert said == ["    bad: RuntimeError"]
+
+
+def test_functions_are_timed_in_turn_and_the_order_alternates():
+    order = []
+    functions = {name: lambda name=name: order.append(name) for name in "ab"}
+    taken = tuning.measure_us(functions, CPU, rounds=2)
+    assert order == ["a", "b", "a", "b", "b", "a"]  # one call each to warm up, then two rounds
+    assert {name: len(times) for name, times in taken.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model NAME or --shape N K"),
+        (["--shape", "48", "64", "--rank", "300"], r"rank must lie in \[1, 256\]"),
+        (["--shape", "48", "64", "--dropout", "1"], r"dropout must lie in \[0, 1\), got 1.0"),
+        (["--shape", "48", "64", "--device", "cuda"], "there is no CUDA device"),
+        (["--model", "/nowhere/qwen"], "/nowhere/qwen"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said_in_one_line(arguments, message, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert cli.main([*TUNE, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastlora tune: ")
+    assert re.search(message, error)
+
+
+def test_a_broken_table_is_named(tmp_path):
+    path = tmp_path / "interpreter.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"interpreter\.json is not a table of tuned tiles"):
+        tile_config.read_table(path)
+
+
+def test_the_command_is_installed_and_says_its_version_and_help():
+    command = Path(sys.executable).parent / "fastlora"
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.strip() == f"fastlora {fastlora.__version__}"
+    text = subprocess.run([command, "tune", "--help"], capture_output=True, text=True, check=True)
+    for option in ("--model", "--shape", "--tokens", "--rank", "--out"):
+        assert option in text.stdout
