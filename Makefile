@@ -16,7 +16,7 @@ demo: .venv/demo/.done  ## train two adapters on a real model and answer with th
 	.venv/demo/bin/python examples/quickstart.py
 
 test: .venv/test/.done  ## run the tests (on two cores, without a GPU)
-	$(PYTEST) -n 2 --dist loadgroup
+	$(PYTEST) -n 2 --dist loadfile
 
 lint: .venv/test/.done  ## ruff check and ruff format
 	.venv/test/bin/ruff check .
@@ -65,7 +65,7 @@ CORE   := $(addprefix tests/test_,lora_linear.py layers.py families.py patching.
 compat: $(COMPAT:%=compat-%)  ## the core tests with four pairs of peft and transformers
 
 compat-%: .venv/compat-%/.done
-	OMP_NUM_THREADS=1 .venv/compat-$*/bin/pytest -n 2 --dist loadgroup -W default $(CORE) # their warnings are not ours
+	OMP_NUM_THREADS=1 .venv/compat-$*/bin/pytest -n 2 --dist loadfile -W default $(CORE) # their warnings are not ours
 
 .venv/compat-%/.done: pyproject.toml
 	@$(CHECK_PYTHON)

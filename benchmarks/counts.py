@@ -240,10 +240,8 @@ class _Kernel:
 
 
 def _clear_caches() -> None:
-    tile_config.tuned_entries.cache_clear()
-    tile_config.tile_config_for.cache_clear()
+    plans.forget_measurements()
     plans.unsupported_reason.cache_clear()
-    plans._automatic.cache_clear()
 
 
 @contextlib.contextmanager

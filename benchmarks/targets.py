@@ -341,15 +341,13 @@ def _compile_instead_of_launching(target: Target) -> Iterator[list[tuple[str, An
         launches.append((self.__name__, compiled, options))
         return compiled
 
-    caches = (tile_config.device_limits, tile_config.tile_config_for)
     # It stays: without a device there is no driver to go back to.
     driver.set_active(_NoDriver(target))
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(tile_config, "INTERPRETER", target.limits),
     ):
-        for cache in caches:
-            cache.cache_clear()
+        tile_config.forget_tiles()
         yield launches
 
 

@@ -106,9 +106,10 @@ def apply_lora_linear(
     )
     if needs_grad:
         return _LoRALinearFunction.apply(*tensors, *numbers)
+    call = ops.for_call(x)
     with _without_autocast(device_type):
-        h, _ = ops.shrink(x, lora_a, seed, dropout_p, False, rank_dtype=rank_dtype)
-        return ops.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
+        h, _ = call.shrink(x, lora_a, seed, dropout_p, False, rank_dtype=rank_dtype)
+        return call.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
 
 
 class _LoRALinearFunction(torch.autograd.Function):
@@ -131,11 +132,12 @@ class _LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
         mask_is_read = seed is not None and (need_x or need_a)
+        call = ops.for_call(x)
         with _without_autocast(x.device.type):
-            h, bits = ops.shrink(
+            h, bits = call.shrink(
                 x, lora_a, seed, dropout_p, mask_is_read and save_bits, rank_dtype=rank_dtype
             )
-            y: Tensor = ops.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
+            y: Tensor = call.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
         mask = (bits if save_bits else seed) if mask_is_read else None
         # Only what some gradient needs, and only here: hooks on saved tensors (offloading, FSDP,
         # checkpointing) never see a tensor that hangs on ctx.
@@ -175,9 +177,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     x, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
     dx = da = db = dbias = None
+    call = ops.for_call(dy)
     with _without_autocast(dy.device.type):
         if need_x or need_a or need_b:
-            dh, da, db = ops.adapter_grads(
+            dh, da, db = call.adapter_grads(
                 dy,
                 x,
                 h,
@@ -190,7 +193,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 grad_dtype=ctx.adapter_dtype,
             )
         if need_x:
-            dx = ops.input_grad(
+            dx = call.input_grad(
                 dy,
                 weight,
                 dh,

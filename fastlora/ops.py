@@ -12,14 +12,17 @@ device is current.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlora import dropout, plain, plans
+from fastlora.kernels.tile_config import has_aligned_rows
 
 _SCHEMAS = {
     "shrink": (
@@ -42,34 +45,44 @@ _SCHEMAS = {
 }
 
 
+@functools.cache
+def _launchers() -> SimpleNamespace:
+    """Import the kernels, and triton with them, when the first of them is launched."""
+    from fastlora.kernels.adapter_grads import adapter_grads
+    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+    from fastlora.kernels.shrink import shrink
+
+    return SimpleNamespace(
+        shrink=shrink,
+        low_rank_gemm=low_rank_gemm,
+        adapter_grads=adapter_grads,
+        input_grad=input_grad,
+    )
+
+
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Make a device the current one: Triton launches there, wherever its operands are."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _NOTHING
     return torch.cuda.device(device)
 
 
-def _aligned(row_bytes: int, *matrices: Tensor) -> bool:
-    """Return whether rows are contiguous, apart from each other, and start on 16-byte boundaries.
+_NOTHING = nullcontext()
 
-    What a fused GEMM needs to move whole vectors (and tiles by TMA); cuBLAS takes the rest.
+
+def _like(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Give rows ``[M, last]`` the leading dimensions of a tensor."""
+    return rows if tensor.dim() == 2 else rows.view(*tensor.shape[:-1], rows.shape[1])
+
+
+def _aligned(row_bytes: int, *matrices: Tensor) -> bool:
+    """Return whether a fused GEMM can move whole vectors (and tiles by TMA); cuBLAS takes the rest.
 
     Args:
         row_bytes: of the result, which is contiguous.
         matrices: the operands.
     """
-    if row_bytes % 16:
-        return False
-    for matrix in matrices:
-        row, column = matrix.stride()
-        if (
-            column != 1
-            or row < matrix.shape[1]
-            or row * matrix.element_size() % 16
-            or matrix.data_ptr() % 16
-        ):
-            return False
-    return True
+    return row_bytes % 16 == 0 and all(map(has_aligned_rows, matrices))
 
 
 def _shrink(
@@ -80,16 +93,15 @@ def _shrink(
     return_bits: bool,
     *,
     rank_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     rank, k = lora_a.shape
     m = x.numel() // k
     plan = plans.plan_for("shrink", x.device, rank_dtype, m, 0, k, rank, masked=seed is not None)
     if plan == plans.PLAIN:
         return plain.shrink(x, lora_a, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
-    from fastlora.kernels.shrink import shrink as launch
 
     with _on(x.device):
-        (h,), bits = launch(
+        (h,), bits = _launchers().shrink(
             plain.rows(x),
             [lora_a],
             None if seed is None else [seed],
@@ -97,10 +109,7 @@ def _shrink(
             rank_dtype=rank_dtype,
             return_bits=return_bits,
         )
-    lead = x.shape[:-1]
-    if not bits:
-        return h.view(*lead, rank), x.new_empty((0, -(-k // dropout.LANES)), dtype=torch.uint8)
-    return h.view(*lead, rank), bits[0].view(*lead, bits[0].shape[1])
+    return _like(h, x), _like(bits[0], x) if bits else None
 
 
 def _low_rank_gemm(
@@ -131,11 +140,12 @@ def _low_rank_gemm(
     ):
         # cuBLAS and an in-place addmm_: the hybrid plan is the plain code here.
         return plain.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
-    from fastlora.kernels.low_rank_gemm import low_rank_gemm as launch
 
     with _on(x.device):
-        y = launch(rows.to(dtype), weight.to(dtype), bias, plain.rows(h), lora_b, gain)
-    return y.view(*x.shape[:-1], n)
+        y = _launchers().low_rank_gemm(
+            rows.to(dtype), weight.to(dtype), bias, plain.rows(h), lora_b, gain, aligned=True
+        )
+    return _like(y, x)
 
 
 # The fused kernel divides its accumulator by the gain and multiplies it again. Within these bounds
@@ -160,7 +170,7 @@ def _adapter_grads(
     need_dh: bool = True,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     n, rank = lora_b.shape
     m, k = dy.numel() // n, 0 if x is None else x.shape[-1]
     masked = mask is not None
@@ -178,10 +188,9 @@ def _adapter_grads(
             rank_dtype=rank_dtype,
             grad_dtype=grad_dtype,
         )
-    from fastlora.kernels.adapter_grads import adapter_grads as launch
 
     with _on(dy.device):
-        dh, da, db = launch(
+        dh, da, db = _launchers().adapter_grads(
             plain.rows(dy),
             None if x is None else plain.rows(x),
             None if h is None else plain.rows(h),
@@ -193,11 +202,7 @@ def _adapter_grads(
             rank_dtype=rank_dtype,
             grad_dtype=grad_dtype,
         )
-    return (
-        dh.view(*dy.shape[:-1], rank) if need_dh else dh,
-        dy.new_empty((0, 0), dtype=grad_dtype) if da is None else da,
-        dy.new_empty((0, rank), dtype=grad_dtype) if db is None else db,
-    )
+    return _like(dh, dy) if need_dh else dh, da, db
 
 
 def _input_grad(
@@ -229,12 +234,11 @@ def _input_grad(
         return plain.input_grad(
             dy, weight, dh, lora_a, mask, dropout_p, dtype=dtype, grad_dtype=grad_dtype
         )
-    from fastlora.kernels.low_rank_gemm import input_grad as launch
 
     fused = plan == plans.FUSED
     rows, weight = rows.to(dtype), weight.to(dtype)
     with _on(dy.device):
-        dx = launch(
+        dx = _launchers().input_grad(
             [rows] if fused else [],
             [weight] if fused else [],
             [plain.rows(dh)],
@@ -242,6 +246,7 @@ def _input_grad(
             None if mask is None else [plain.mask_rows(mask)],
             dropout.threshold(dropout_p),
             grad_dtype=grad_dtype,
+            aligned=True if fused else None,
         )
     if not fused:
         # The masked term was written first, so that cuBLAS adds the large product to it in fp32.
@@ -249,7 +254,30 @@ def _input_grad(
             dx.addmm_(rows, weight)
         else:
             dx += rows @ weight
-    return dx.view(*dy.shape[:-1], k)
+    return _like(dx, dy)
+
+
+def _whole_shrink(
+    x: Tensor, lora_a: Tensor, *args: Any, rank_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``_shrink`` as an operator, which returns a tensor for everything."""
+    h, bits = _shrink(x, lora_a, *args, rank_dtype=rank_dtype)
+    if bits is None:
+        bits = x.new_empty((0, -(-x.shape[-1] // dropout.LANES)), dtype=torch.uint8)
+    return h, bits
+
+
+def _whole_adapter_grads(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, lora_b: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``_adapter_grads`` as an operator, which returns a tensor for everything."""
+    dh, da, db = _adapter_grads(dy, x, h, lora_b, *args, **kwargs)
+    dtype, rank = kwargs["grad_dtype"], lora_b.shape[1]
+    return (
+        dh,
+        dy.new_empty((0, 0), dtype=dtype) if da is None else da,
+        dy.new_empty((0, rank), dtype=dtype) if db is None else db,
+    )
 
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
@@ -264,7 +292,40 @@ def _register(
     return getattr(torch.ops.fastlora, name).default
 
 
-shrink = _register("shrink", _shrink, plain.shrink_outputs)
+shrink = _register("shrink", _whole_shrink, plain.shrink_outputs)
 low_rank_gemm = _register("low_rank_gemm", _low_rank_gemm, plain.low_rank_gemm_output)
-adapter_grads = _register("adapter_grads", _adapter_grads, plain.adapter_grads_outputs)
+adapter_grads = _register("adapter_grads", _whole_adapter_grads, plain.adapter_grads_outputs)
 input_grad = _register("input_grad", _input_grad, plain.input_grad_output)
+
+DISPATCHED = SimpleNamespace(
+    shrink=shrink,
+    low_rank_gemm=low_rank_gemm,
+    adapter_grads=adapter_grads,
+    input_grad=input_grad,
+)
+DIRECT = SimpleNamespace(
+    shrink=_shrink,
+    low_rank_gemm=_low_rank_gemm,
+    adapter_grads=_adapter_grads,
+    input_grad=_input_grad,
+)
+
+
+def for_call(x: Tensor) -> SimpleNamespace:
+    """Return the four operators as an eager call may use them: without torch's dispatcher.
+
+    The dispatcher costs 10 us an operator and 20 where ``x`` requires a gradient, a third of what a
+    layer costs the host (torch 2.13). Whatever watches or rewrites operators (compiling, dispatch
+    modes, tensor subclasses, transforms of ``torch.func``) sees the registered ones.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN_TENSORS
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return DISPATCHED
+    return DIRECT
+
+
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fastlora import dropout, plain
-from fastlora.kernels.tile_config import device_limits, tile_key, tuned_entries
+from fastlora.kernels.tile_config import device_limits, forget_tiles, tile_key, tuned_entries
 
 Plan = Literal["fused", "hybrid", "plain"]
 FUSED: Plan = "fused"
@@ -303,10 +303,7 @@ def _difference(results: list[tuple[str, Tensor | None, Tensor]]) -> str | None:
 
 def forget_measurements() -> None:
     """Read the tuned tables again: one of them was written."""
-    from fastlora.kernels import tile_config
-
-    tile_config.tuned_entries.cache_clear()
-    tile_config.tile_config_for.cache_clear()
+    forget_tiles()
     _automatic.cache_clear()
 
 

@@ -15,7 +15,7 @@ order: no atomics, so the same inputs give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,7 +28,9 @@ from .philox import expand_bits, load_bits
 from .shrink import shrink
 from .tile_config import (
     TileConfig,
+    cached_by_shape,
     device_limits,
+    has_aligned_rows,
     padded_rank,
     tile_config_for,
     with_stages_that_fit,
@@ -224,42 +226,59 @@ def _output_pass(
 ) -> None:
     """Fill ``dh`` and ``db`` from one pass over ``dy``."""
     (m, n), rank = dy.shape, lora_b.shape[1]
-    block_r = padded_rank(rank)
-    config = config or tile_config_for("output_pass", dy.device, rank_dtype, m, n=n, r=rank)
-    stage_bytes = config.block_n * (
-        config.block_m * dy.element_size() + block_r * lora_b.element_size()
+    grid, columns, constants = _output_settings(
+        config,
+        dy.device,
+        (dy.dtype, lora_b.dtype, rank_dtype),
+        (m, n, rank),
+        has_aligned_rows(dy),
+        dot_precision(rank_dtype),
     )
-    kept_bytes = config.block_m * (config.block_n + block_r) * rank_dtype.itemsize
-    config = with_stages_that_fit(config, device_limits(dy.device), stage_bytes, kept_bytes)
-    row_blocks = -(-m // config.block_m)
-    columns = -(-n // (config.splits * config.block_n)) * config.block_n
-    splits = -(-n // columns)
+    row_blocks, splits = grid
     dh_partials = dy.new_empty((splits, m, rank), dtype=torch.float32)
     db_partials = dy.new_empty((row_blocks, rank, n), dtype=torch.float32)
-    _adapter_grads_kernel[(row_blocks, splits)](
-        dy,
-        lora_b,
-        h,
-        dh_partials,
-        db_partials,
-        m,
-        n,
-        rank,
-        columns,
-        dy.stride(0),
-        dy.stride(1),
-        lora_b.stride(0),
-        lora_b.stride(1),
-        h.stride(0),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=block_r,
-        RANK_DTYPE=triton_dtype(rank_dtype),
-        PRECISION=dot_precision(rank_dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    strides = (*dy.stride(), *lora_b.stride(), h.stride(0))
+    _adapter_grads_kernel[grid](
+        dy, lora_b, h, dh_partials, db_partials, m, n, rank, columns, *strides, **constants
     )
     add_partials([PartialSum(dh_partials, dh, gain), PartialSum(db_partials, db.t(), gain)])
+
+
+@cached_by_shape
+def _output_settings(
+    config: TileConfig | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int],
+    aligned: bool,
+    precision: str,
+) -> tuple[tuple[int, int], int, dict[str, Any]]:
+    """Return the grid, the columns of one split, and the kernel's compile-time arguments."""
+    (dy_dtype, b_dtype, rank_dtype), (m, n, rank) = dtypes, sizes
+    block_r = padded_rank(rank)
+    config = config or tile_config_for(
+        "output_pass", device, rank_dtype, m, n=n, r=rank, aligned=aligned
+    )
+    stage_bytes = config.block_n * (config.block_m * dy_dtype.itemsize + block_r * b_dtype.itemsize)
+    kept_bytes = config.block_m * (config.block_n + block_r) * rank_dtype.itemsize
+    config = with_stages_that_fit(config, device_limits(device), stage_bytes, kept_bytes)
+    columns = -(-n // (config.splits * config.block_n)) * config.block_n
+    grid = (-(-m // config.block_m), -(-n // columns))
+    return grid, columns, _constants(config, block_r, rank_dtype, precision)
+
+
+def _constants(
+    config: TileConfig, block_r: int, rank_dtype: torch.dtype, precision: str
+) -> dict[str, Any]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_R": block_r,
+        "RANK_DTYPE": triton_dtype(rank_dtype),
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def input_pass(
@@ -290,16 +309,14 @@ def input_pass(
         for out in outs:
             out.zero_()
         return
-    block_r = padded_rank(rank)
-    together = block_r * len(dhs)
-    config = config or tile_config_for("input_pass", x.device, rank_dtype, m, k=k, r=together)
-    stage_bytes = config.block_m * (
-        config.block_n * x.element_size() + together * dhs[0].element_size()
+    grid, rows, constants = _input_settings(
+        config,
+        x.device,
+        (x.dtype, dhs[0].dtype, rank_dtype),
+        (m, k, rank, len(dhs)),
+        dot_precision(rank_dtype),
     )
-    kept_bytes = config.block_m * config.block_n * rank_dtype.itemsize
-    config = with_stages_that_fit(config, device_limits(x.device), stage_bytes, kept_bytes)
-    rows = -(-m // (config.splits * config.block_m)) * config.block_m
-    splits = -(-m // rows)
+    splits = grid[1]
     partials = [x.new_empty((splits, *out.shape), dtype=torch.float32) for out in outs]
     mask_kind = "none" if masks is None else "bits" if masks[0].dtype == torch.uint8 else "seed"
     projections = tuple(
@@ -313,22 +330,30 @@ def input_pass(
         )
         for g, dh in enumerate(dhs)
     )
-    _input_pass_kernel[(-(-k // config.block_n), splits)](
-        x,
-        projections,
-        m,
-        k,
-        rows,
-        x.stride(0),
-        x.stride(1),
-        threshold,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=block_r,
-        RANK_DTYPE=triton_dtype(rank_dtype),
-        PRECISION=dot_precision(rank_dtype),
-        MASK=mask_kind,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    _input_pass_kernel[grid](
+        x, projections, m, k, rows, *x.stride(), threshold, MASK=mask_kind, **constants
     )
     add_partials([PartialSum(p, out, gain) for p, out in zip(partials, outs, strict=True)])
+
+
+@cached_by_shape
+def _input_settings(
+    config: TileConfig | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int, int],
+    precision: str,
+) -> tuple[tuple[int, int], int, dict[str, Any]]:
+    """Return the grid, the rows of one split, and the kernel's compile-time arguments."""
+    (x_dtype, dh_dtype, rank_dtype), (m, k, rank, adapters) = dtypes, sizes
+    block_r = padded_rank(rank)
+    together = block_r * adapters
+    config = config or tile_config_for("input_pass", device, rank_dtype, m, k=k, r=together)
+    stage_bytes = config.block_m * (
+        config.block_n * x_dtype.itemsize + together * dh_dtype.itemsize
+    )
+    kept_bytes = config.block_m * config.block_n * rank_dtype.itemsize
+    config = with_stages_that_fit(config, device_limits(device), stage_bytes, kept_bytes)
+    rows = -(-m // (config.splits * config.block_m)) * config.block_m
+    grid = (-(-k // config.block_n), -(-m // rows))
+    return grid, rows, _constants(config, block_r, rank_dtype, precision)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -31,18 +32,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .dtypes import dot, dot_precision
 from .philox import expand_bits, load_bits
 from .tile_config import (
-    DeviceLimits,
     TileConfig,
+    cached_by_shape,
     device_limits,
+    has_aligned_rows,
     has_descriptors,
     padded_rank,
     tile_config_for,
 )
 from .tile_order import grouped_tile, load_tile, store_tile
 
-# How much of the rank enters one product: (128 + 256) x 64 bf16 operands are 48 KiB, less than the
-# pipeline's buffers that they reuse.
-_MAX_BLOCK_R = 64
+# How much of the rank enters one product. At 64, fp32 terms need more tensor memory than sm_100
+# has, and half-precision ones spill 8 to 16 bytes a thread under autocast (sm_90).
+_MAX_BLOCK_R = 32
+_MAX_FP32_BLOCK_R = 16
 
 
 class _Frozen(NamedTuple):
@@ -213,6 +216,7 @@ def low_rank_gemm(
     lora_b: Tensor,
     gain: float,
     *,
+    aligned: bool | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
     """Launch the forward form: ``y = x weight^T + gain * h lora_b^T + bias``, rounded once.
@@ -223,19 +227,18 @@ def low_rank_gemm(
         bias: ``[N]`` or ``None``.
         h: ``[M, R]``, rows contiguous, in the dtype of the low-rank product.
         lora_b: ``[N, R]``, any strides and float dtype.
-        gain: factor of the low-rank term; 0 leaves it out.
+        gain: factor of the low-rank term; 0 leaves it out. Its inverse must be an fp32 number.
+        aligned: what ``has_aligned_rows`` says of x, weight and the result, if the caller knows.
         config: the tile; by default the tuned one, or one that runs everywhere.
 
     Returns:
         ``[M, N]`` in the dtype of ``weight``.
     """
-    (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty((m, n))
-    config = config or tile_config_for(
-        "low_rank_gemm", x.device, x.dtype, m, n=n, k=k, r=lora_b.shape[1]
-    )
+    y = x.new_empty((x.shape[0], weight.shape[0]))
     terms = [_LowRank(h, h.stride(0), lora_b, lora_b.stride(1), lora_b.stride(0), h.shape[1], h, 0)]
-    _launch(y, [(x, weight)], terms if gain else [], bias, gain, "none", 0, True, config)
+    terms = terms if gain else []
+    shape = _Shape(lora_b.shape[1], True, "none", aligned, config)
+    _launch(y, [(x, weight)], terms, bias, gain, 0, shape)
     return y
 
 
@@ -248,6 +251,7 @@ def input_grad(
     threshold: int = 0,
     *,
     grad_dtype: torch.dtype,
+    aligned: bool | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
     """Launch the backward form: ``dx = sum_g dy_g weight_g + sum_g keep_g * (dh_g lora_a_g)``.
@@ -262,21 +266,15 @@ def input_grad(
             dropout.
         threshold: ``round(p * 65536)``; only a seed needs it.
         grad_dtype: of the result.
+        aligned: what ``has_aligned_rows`` says of the dys, weights and the result, if known.
         config: the tile; by default the tuned one, or one that runs everywhere.
 
     Returns:
         ``[M, K]`` in ``grad_dtype``.
     """
-    m, k = dhs[0].shape[0], lora_as[0].shape[1]
-    dx = dhs[0].new_empty((m, k), dtype=grad_dtype)
-    dtype = weights[0].dtype if weights else dhs[0].dtype
-    depth = weights[0].shape[0] if weights else 0
+    dx = dhs[0].new_empty((dhs[0].shape[0], lora_as[0].shape[1]), dtype=grad_dtype)
     rank = max(a.shape[0] for a in lora_as)
-    config = config or tile_config_for("input_grad", dx.device, dtype, m, n=depth, k=k, r=rank)
     mask_kind = "none" if masks is None else "bits" if masks[0].dtype == torch.uint8 else "seed"
-    if mask_kind == "seed" and config.block_n > 128:
-        # Drawing takes registers: 128 x 256 would spill 400 bytes a thread (sm_90, 8 warps).
-        config = replace(config, block_n=128)
     terms = [
         _LowRank(
             dh,
@@ -291,8 +289,19 @@ def input_grad(
         for g, (dh, a) in enumerate(zip(dhs, lora_as, strict=True))
     ]
     products = list(zip(dys, weights, strict=True))
-    _launch(dx, products, terms, None, 1.0, mask_kind, threshold, False, config)
+    shape = _Shape(rank, False, mask_kind, aligned, config)
+    _launch(dx, products, terms, None, 1.0, threshold, shape)
     return dx
+
+
+class _Shape(NamedTuple):
+    """What the two forms differ in."""
+
+    rank: int  # the largest
+    forward: bool
+    mask: str  # "none", "bits" or "seed"
+    aligned: bool | None
+    config: TileConfig | None
 
 
 def _launch(
@@ -301,81 +310,126 @@ def _launch(
     terms: Sequence[_LowRank],
     bias: Tensor | None,
     gain: float,
-    mask: str,
     threshold: int,
-    forward: bool,
-    config: TileConfig,
+    shape: _Shape,
 ) -> None:
     m, n = out.shape
     if m == 0:
         return
-    limits = device_limits(out.device)
-    operands = (out, *(tensor for pair in products for tensor in pair))
-    descriptors = has_descriptors(limits) and all(map(_can_be_described, operands))
-    frozen = tuple(_frozen(left, right, forward, descriptors, config) for left, right in products)
-    tiles = -(-m // config.block_m) * -(-n // config.block_n)
-    part = [config.block_m, config.block_n // config.parts]
-    _low_rank_gemm_kernel[(min(tiles, limits.processors),)](
-        TensorDescriptor.from_tensor(out, part) if descriptors else out,
+    aligned = shape.aligned
+    if aligned is None:
+        aligned = all(map(has_aligned_rows, (out, *chain.from_iterable(products))))
+    h_dtype = terms[0].h.dtype if terms else None
+    dtype, depth = out.dtype, 0
+    if products:
+        dtype, depth = products[0][0].dtype, products[0][0].shape[1]
+    elif h_dtype is not None:
+        dtype = h_dtype
+    fp32_term = h_dtype == torch.float32
+    precision = dot_precision(torch.float32 if fp32_term else dtype)
+    key = (m, n, depth, bias is not None, dtype, fp32_term, precision)
+    settings = _settings(shape._replace(aligned=aligned), out.device, *key)
+    described = settings.described
+    frozen = tuple(_frozen(*product, shape.forward, settings) for product in products)
+    _low_rank_gemm_kernel[settings.grid](
+        TensorDescriptor(out, [m, n], [n, 1], settings.out_tile) if described else out,
         frozen,
         tuple(terms),
         out if bias is None else bias,
         m,
         n,
-        out.stride(0),
+        n,
         gain,
         threshold,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_R=min(_MAX_BLOCK_R, max((padded_rank(term.rank) for term in terms), default=16)),
-        GROUP_M=config.group_m,
-        PARTS=config.parts,
-        RIGHT_IS_TRANSPOSED=forward,
-        HAS_BIAS=bias is not None,
-        MASK=mask,
-        USE_DESCRIPTORS=descriptors,
-        PRECISION=_precision(limits, products, terms),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **settings.constants,
     )
 
 
-def _precision(
-    limits: DeviceLimits, products: Sequence[tuple[Tensor, Tensor]], terms: Sequence[_LowRank]
-) -> str:
-    if limits.capability >= 80 and products and products[0][0].dtype != torch.float32:
+class _Settings(NamedTuple):
+    """What a launch is made of, worked out once for each shape."""
+
+    grid: tuple[int]
+    described: bool  # tiles are copied by descriptors, of these shapes
+    out_tile: list[int]
+    left_tile: list[int]
+    right_tile: list[int]
+    constants: dict[str, Any]  # the kernel's compile-time arguments
+
+
+@cached_by_shape
+def _settings(
+    shape: _Shape,
+    device: torch.device,
+    m: int,
+    n: int,
+    depth: int,
+    has_bias: bool,
+    dtype: torch.dtype,
+    fp32_term: bool,
+    precision: str,
+) -> _Settings:
+    limits, forward, config = device_limits(device), shape.forward, shape.config
+    half = dtype != torch.float32
+    if config is None:
+        config = tile_config_for(
+            "low_rank_gemm" if forward else "input_grad",
+            device,
+            dtype,
+            m,
+            n=n if forward else depth,
+            k=depth if forward else n,
+            r=shape.rank,
+            wide_rank=fp32_term and half,
+            aligned=bool(shape.aligned),
+        )
+    if shape.mask == "seed" and config.block_n > 128:
+        # Drawing takes registers: 128 x 256 would spill 400 bytes a thread (sm_90, 8 warps).
+        config = replace(config, block_n=128)
+    if half and fp32_term and limits.capability >= 80:
         # An fp32 low-rank term of a half-precision result: three TF32 products keep 22 bits of it,
         # and exact fp32 would spill (no tensor cores).
-        return "tf32x3"
-    return dot_precision(terms[0].h.dtype if terms else torch.float32)
-
-
-def _frozen(
-    left: Tensor, right: Tensor, forward: bool, descriptors: bool, config: TileConfig
-) -> _Frozen:
-    depth = left.shape[1]
-    along_n, along_k = (0, 1) if forward else (1, 0)
-    strides = (left.stride(0), left.stride(1)), (right.stride(along_n), right.stride(along_k))
-    if not descriptors:
-        return _Frozen(left, *strides[0], right, *strides[1], depth)
+        precision = "tf32x3"
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
     right_tile = [config.block_n, config.block_k] if forward else [config.block_k, config.block_n]
-    return _Frozen(
-        TensorDescriptor.from_tensor(left, [config.block_m, config.block_k]),
-        *strides[0],
-        TensorDescriptor.from_tensor(right, right_tile),
-        *strides[1],
-        depth,
+    described = bool(shape.aligned) and has_descriptors(limits)
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": min(_MAX_FP32_BLOCK_R if fp32_term else _MAX_BLOCK_R, padded_rank(shape.rank)),
+        "GROUP_M": config.group_m,
+        "PARTS": config.parts,
+        "RIGHT_IS_TRANSPOSED": forward,
+        "HAS_BIAS": has_bias,
+        "MASK": shape.mask,
+        "USE_DESCRIPTORS": described,
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return _Settings(
+        (min(tiles, limits.processors),),
+        described,
+        [config.block_m, config.block_n // config.parts],
+        [config.block_m, config.block_k],
+        right_tile,
+        constants,
     )
 
 
-def _can_be_described(tensor: Tensor) -> bool:
-    """Return whether the tensor memory accelerator can copy tiles of it: 16-byte aligned rows."""
-    row, column = tensor.stride()
-    return (
-        column == 1
-        and row >= tensor.shape[1]  # an expanded gradient has rows with stride 0
-        and row * tensor.element_size() % 16 == 0
-        and tensor.data_ptr() % 16 == 0
-        and tensor.shape[1] > 0
+def _frozen(left: Tensor, right: Tensor, forward: bool, settings: _Settings) -> _Frozen:
+    (left_m, left_k), (right_row, right_column) = left.stride(), right.stride()
+    right_n, right_k = (right_row, right_column) if forward else (right_column, right_row)
+    depth = left.shape[1]
+    if not settings.described:
+        return _Frozen(left, left_m, left_k, right, right_n, right_k, depth)
+    left_strides, right_strides = [left_m, left_k], [right_row, right_column]
+    return _Frozen(
+        TensorDescriptor(left, list(left.shape), left_strides, settings.left_tile),
+        left_m,
+        left_k,
+        TensorDescriptor(right, list(right.shape), right_strides, settings.right_tile),
+        right_n,
+        right_k,
+        depth,
     )

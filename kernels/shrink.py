@@ -11,7 +11,7 @@ K; the fp32 partial results are then added in a fixed order, never by atomics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from .partial_sums import PartialSum, add_partials
 from .philox import expand_bits, load_bits
 from .tile_config import (
     TileConfig,
+    cached_by_shape,
     device_limits,
     padded_rank,
     tile_config_for,
@@ -146,17 +147,12 @@ def shrink(
     if m == 0:
         return hs, bits
     rank = max(a.shape[0] for a in lora_as)
-    block_r = padded_rank(rank)
-    together = block_r * len(lora_as)
-    config = config or tile_config_for("shrink", x.device, rank_dtype, m, k=k, r=together)
-    stage_bytes = config.block_k * (
-        config.block_m * x.element_size() + together * lora_as[0].element_size()
-    )
-    kept_bytes = config.block_m * config.block_k * rank_dtype.itemsize
-    config = with_stages_that_fit(config, device_limits(x.device), stage_bytes, kept_bytes)
-    row_blocks = -(-m // config.block_m)
-    columns = -(-k // (config.splits * config.block_k)) * config.block_k
-    splits = -(-k // columns)
+    dtypes = (x.dtype, lora_as[0].dtype, rank_dtype)
+    masks = (seeds is not None, write_bits)
+    sizes = (m, k, rank, len(lora_as))
+    precision = dot_precision(rank_dtype)
+    grid, columns, constants = _settings(config, x.device, dtypes, sizes, masks, precision)
+    splits = grid[1]
     targets = hs
     if splits > 1:
         targets = [x.new_empty((splits, *h.shape), dtype=torch.float32) for h in hs]
@@ -168,33 +164,46 @@ def shrink(
             a.shape[0],
             target,
             target.stride(0) if splits > 1 else 0,
-            target.stride(-2),
+            a.shape[0],
             x if seeds is None else seeds[g],
             bits[g] if write_bits else target,
-            bits[g].stride(0) if write_bits else 0,
+            -(-k // 8) if write_bits else 0,
         )
         for g, (a, target) in enumerate(zip(lora_as, targets, strict=True))
     )
-    _shrink_kernel[(row_blocks, splits)](
-        x,
-        adapters,
-        m,
-        k,
-        columns,
-        x.stride(0),
-        x.stride(1),
-        gain,
-        threshold,
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=block_r,
-        RANK_DTYPE=triton_dtype(rank_dtype),
-        PRECISION=dot_precision(rank_dtype),
-        HAS_DROPOUT=seeds is not None,
-        WRITE_BITS=write_bits,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    _shrink_kernel[grid](x, adapters, m, k, columns, *x.stride(), gain, threshold, **constants)
     if splits > 1:
         add_partials([PartialSum(target, h, 1.0) for target, h in zip(targets, hs, strict=True)])
     return hs, bits
+
+
+@cached_by_shape
+def _settings(
+    config: TileConfig | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int, int],
+    masks: tuple[bool, bool],
+    precision: str,
+) -> tuple[tuple[int, int], int, dict[str, Any]]:
+    """Return the grid, the columns of one split, and the kernel's compile-time arguments."""
+    (x_dtype, a_dtype, rank_dtype), (m, k, rank, adapters) = dtypes, sizes
+    block_r = padded_rank(rank)
+    together = block_r * adapters
+    config = config or tile_config_for("shrink", device, rank_dtype, m, k=k, r=together)
+    stage_bytes = config.block_k * (config.block_m * x_dtype.itemsize + together * a_dtype.itemsize)
+    kept_bytes = config.block_m * config.block_k * rank_dtype.itemsize
+    config = with_stages_that_fit(config, device_limits(device), stage_bytes, kept_bytes)
+    columns = -(-k // (config.splits * config.block_k)) * config.block_k
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r,
+        "RANK_DTYPE": triton_dtype(rank_dtype),
+        "PRECISION": precision,
+        "HAS_DROPOUT": masks[0],
+        "WRITE_BITS": masks[1],
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return (-(-m // config.block_m), -(-k // columns)), columns, constants

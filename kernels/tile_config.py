@@ -14,12 +14,13 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 TUNED = Path(__file__).parent / "tuned"
 # Rows of a batch are tuned at these sizes, and a call takes the nearest one that is not smaller.
@@ -76,7 +77,28 @@ class DeviceLimits:
 INTERPRETER = DeviceLimits(name="interpreter", capability=90, shared_bytes=232448, processors=4)
 
 
-@functools.cache
+_Cached = TypeVar("_Cached", bound=Callable[..., Any])
+_CACHES: list[Any] = []
+
+
+def cached_by_shape(function: _Cached) -> _Cached:
+    """Remember a function's results; ``forget_tiles`` makes it start anew.
+
+    What a launch is made of is worked out once for each shape: doing it at every call costs the
+    host as much as the launch.
+    """
+    cached = functools.lru_cache(maxsize=4096)(function)
+    _CACHES.append(cached)
+    return cached  # type: ignore[return-value]
+
+
+def forget_tiles() -> None:
+    """Forget devices, tables and everything derived from them: a table was written."""
+    for cached in _CACHES:
+        cached.cache_clear()
+
+
+@cached_by_shape
 def device_limits(device: torch.device) -> DeviceLimits:
     """Ask the driver once for each device."""
     if device.type != "cuda":
@@ -97,9 +119,21 @@ def has_descriptors(limits: DeviceLimits) -> bool:
 
 
 def default_tile(
-    operation: str, limits: DeviceLimits, dtype: torch.dtype, m: int, n: int, k: int, r: int
+    operation: str,
+    limits: DeviceLimits,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    *,
+    wide_rank: bool = False,
+    aligned: bool = True,
 ) -> TileConfig:
-    """Return a tile that fits every supported device; ``r`` is padded to a power of two by 16.
+    """Return a tile that fits every supported device and spills no registers on any.
+
+    ``make targets`` compiles them all; where a comment says that something spills, it is what that
+    command said of the next larger tile (Triton 3.7).
 
     Args:
         operation: ``"shrink"``, ``"low_rank_gemm"``, ``"input_grad"``, ``"output_pass"`` (dh and dB
@@ -109,30 +143,31 @@ def default_tile(
         m: rows.
         n: out features; 0 where they play no part.
         k: in features; likewise.
-        r: rank.
+        r: rank; of several siblings together the sum of their padded ranks.
+        wide_rank: the low-rank term of a half-precision GEMM is fp32.
+        aligned: rows start on 16-byte boundaries.
     """
-    wide = dtype == torch.float32
-    rank = padded_rank(r)
+    wide, rank = dtype == torch.float32, padded_rank(r)
     if operation in ("low_rank_gemm", "input_grad"):
-        return _default_gemm_tile(operation, limits, wide)
+        return _default_gemm_tile(operation, limits, wide, wide_rank, aligned)
     stages = 2 if wide or rank > 64 or limits.capability == 0 else 3
     if operation == "shrink":
-        if rank <= 64:
-            block_m, block_k = (32, 32) if wide else (64, 128)
-        else:
-            block_m, block_k = (16, 16) if wide else (32, 32)
+        block_m, block_k = _shrink_block(wide, rank)
         return TileConfig(
             block_m=block_m,
             block_k=block_k,
             splits=_splits(limits, -(-m // block_m), k, at_least=512),
-            num_warps=8 if rank > 32 and not wide else 4,
+            num_warps=4 if wide or (rank == 64 and limits.capability != 100) else 8,
             num_stages=stages,
         )
     if operation == "output_pass":
-        block_m = 32 if wide else 128
+        # High tiles: every row block writes a whole partial dB, 33 MB in all at 128 rows a block
+        # and 17 at 256 (M = 8192, N = 4096, rank 16), beside 67 MB of dy.
+        block_m = 32 if wide else 256 if aligned else 64
+        large = limits.shared_bytes >= 160 * 1024 and rank <= 32 and not wide
         return TileConfig(
             block_m=block_m,
-            block_n=32 if wide else 64,
+            block_n=64 if large else 32,
             splits=_splits(limits, -(-m // block_m), n, at_least=512),
             num_warps=4 if wide else 8,
             num_stages=stages,
@@ -143,27 +178,46 @@ def default_tile(
             block_m=64 if rank <= 64 and not wide else 32,
             block_n=block_n,
             splits=_splits(limits, -(-k // block_n), m, at_least=512),
-            num_warps=8 if rank > 64 else 4,
+            num_warps=4 if wide and rank <= 64 else 8,
             num_stages=stages,
         )
     raise ValueError(f"no such operation: {operation!r}")
 
 
-def _default_gemm_tile(operation: str, limits: DeviceLimits, wide: bool) -> TileConfig:
+def _shrink_block(wide: bool, rank: int) -> tuple[int, int]:
+    if rank <= 64:
+        return (32, 32) if wide else (64, 64)
+    return (16, 16) if wide else (32, 32)
+
+
+def _default_gemm_tile(
+    operation: str, limits: DeviceLimits, wide: bool, wide_rank: bool, aligned: bool
+) -> TileConfig:
     if wide:
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if limits.capability == 0:
+        return TileConfig(128, 128, 32, num_warps=8, num_stages=2)
+    if not aligned:  # loads of single elements take an address each
+        return TileConfig(128, 64, 32, parts=2, num_warps=8, num_stages=3)
     if limits.capability == 90:
-        # 128 x 256 x 64 with four stages and the output in two parts: 224 KiB of 227, no spills up
-        # to rank 256 (Triton 3.7, sm_90).
-        return TileConfig(128, 256, 64, parts=2, num_warps=8, num_stages=4)
-    if limits.shared_bytes >= 160 * 1024:  # sm_80, sm_100
-        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
-    return TileConfig(128, 128, 32, num_warps=8, num_stages=3 if limits.capability else 2)
+        if wide_rank:  # 256 columns spill 216 to 392 bytes a thread
+            return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
+        # 208 of 227 KiB, and no spills with mask bits up to rank 256
+        return TileConfig(128, 256, 64, parts=4, num_warps=8, num_stages=4)
+    if limits.capability == 100:  # forward, two parts spill 8 bytes; with a mask, four spill 16
+        parts = 4 if operation == "low_rank_gemm" else 2
+        return TileConfig(128, 128, 64, parts=parts, num_warps=8, num_stages=3)
+    if limits.capability == 80 and wide_rank:  # a depth of 32 spills 8 bytes a thread
+        return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
+    return TileConfig(128, 128, 32, parts=4, num_warps=8, num_stages=3)
 
 
 def _splits(limits: DeviceLimits, blocks: int, length: int, at_least: int) -> int:
-    """Return in how many parts to split a reduction so that every processor has work."""
-    wanted = -(-limits.processors // max(blocks, 1))
+    """Return in how many parts to split a reduction so that every processor has work.
+
+    Rounded to the nearest: 128 blocks on 132 processors are not worth a second pass.
+    """
+    wanted = round(limits.processors / max(blocks, 1))
     return max(1, min(wanted, length // at_least))
 
 
@@ -181,8 +235,8 @@ def with_stages_that_fit(
         stage_bytes: of the operands of one step, as they are stored.
         other_bytes: shared memory that is used beside the pipeline.
     """
-    stages = (limits.shared_bytes - other_bytes) // stage_bytes
-    return replace(config, num_stages=max(1, min(config.num_stages, stages)))
+    stages = max(1, (limits.shared_bytes - other_bytes) // stage_bytes)
+    return config if stages >= config.num_stages else replace(config, num_stages=stages)
 
 
 def padded_rank(rank: int) -> int:
@@ -221,11 +275,11 @@ def user_cache() -> Path:
     return Path(home) / "fastlora" / "tuned"
 
 
-@functools.cache
+@cached_by_shape
 def tuned_entries(device_name: str) -> Mapping[TileKey, Mapping[str, Any]]:
     """Return everything that is known of a device: its committed table over the user's cache.
 
-    Read once for each device; ``tuned_entries.cache_clear()`` after a table was written.
+    Read once for each device, until ``forget_tiles``.
 
     Raises:
         ValueError: a table cannot be read; the message names the file.
@@ -251,7 +305,7 @@ def read_table(path: Path) -> dict[TileKey, Mapping[str, Any]]:
         raise ValueError(f"{path} is not a table of tuned tiles: {error!r}; delete it") from error
 
 
-@functools.lru_cache(maxsize=4096)
+@cached_by_shape
 def tile_config_for(
     operation: str,
     device: torch.device,
@@ -261,10 +315,31 @@ def tile_config_for(
     n: int = 0,
     k: int = 0,
     r: int,
+    wide_rank: bool = False,
+    aligned: bool = True,
 ) -> TileConfig:
-    """Return the tuned tile of a call, or the default one (see ``default_tile`` for the args)."""
+    """Return the tuned tile of a call, or the default one (see ``default_tile`` for the args).
+
+    What is tuned has aligned rows and a low-rank term as wide as the rest.
+    """
     limits = device_limits(device)
-    entry = tuned_entries(limits.name).get(tile_key(operation, dtype, m, n, k, r))
-    if entry is not None and entry.get("tile"):
-        return TileConfig(**entry["tile"])
-    return default_tile(operation, limits, dtype, m, n, k, r)
+    if aligned and not wide_rank:
+        entry = tuned_entries(limits.name).get(tile_key(operation, dtype, m, n, k, r))
+        if entry is not None and entry.get("tile"):
+            return TileConfig(**entry["tile"])
+    return default_tile(operation, limits, dtype, m, n, k, r, wide_rank=wide_rank, aligned=aligned)
+
+
+def has_aligned_rows(matrix: Tensor) -> bool:
+    """Return whether rows are contiguous, apart from each other, and start on 16-byte boundaries.
+
+    What whole vectors, and the tensor memory accelerator, need. The rows of an expanded gradient
+    (stride 0) are not apart.
+    """
+    row, column = matrix.stride()
+    return (
+        column == 1
+        and row >= matrix.shape[1]
+        and row * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )

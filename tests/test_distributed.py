@@ -21,8 +21,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 WORLD_SIZE = 2
 TIMEOUT_S = 120
 LINEARS = 14  # LoRA linears of a tiny Qwen2 with all-linear

@@ -15,7 +15,6 @@ import torch
 from shapes import MODELS
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("gpu-parts")
 
 
 def run(*arguments, check=True):

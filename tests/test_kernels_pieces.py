@@ -21,11 +21,11 @@ from fastlora.kernels.tile_config import (
     TileConfig,
     default_tile,
     device_slug,
+    forget_tiles,
     padded_rank,
     read_table,
     tile_config_for,
     tile_key,
-    tuned_entries,
     user_cache,
 )
 from fastlora.kernels.tile_order import grouped_tile, load_tile, store_tile
@@ -343,15 +343,11 @@ def tables(tmp_path, monkeypatch):
             for operation, tile in rows.items()
         ]
         (folder / "some-gpu.json").write_text(json.dumps({"entries": entries}))
-        clear()
+        forget_tiles()
 
-    def clear():
-        tuned_entries.cache_clear()
-        tile_config_for.cache_clear()
-
-    clear()
+    forget_tiles()
     yield write
-    clear()
+    forget_tiles()
 
 
 def look_up(operation, m=100):

@@ -26,17 +26,18 @@ def pretend(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tile_config, "TUNED", tmp_path / "committed")
     monkeypatch.delenv(plans.ENVIRONMENT, raising=False)
-    caches = (plans.unsupported_reason, plans._automatic, tile_config.tuned_entries)
+
+    def start_anew():
+        plans.unsupported_reason.cache_clear()
+        plans.forget_measurements()
 
     def as_device(limits, failures=None):
         monkeypatch.setattr(plans, "device_limits", lambda device: limits)
         monkeypatch.setitem(plans._failures, CUDA, failures or {})
-        for cache in caches:
-            cache.cache_clear()
+        start_anew()
 
     yield as_device
-    for cache in caches:
-        cache.cache_clear()
+    start_anew()
 
 
 def plan(operation="low_rank_gemm", device=CUDA, dtype=BF16, m=8192, n=4096, k=4096, r=16, **kw):

@@ -20,7 +20,6 @@ def tokenizer():
     return smollm2.load_tokenizer()
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_smollm2_as_qwen2_computes_the_very_same_logits(tokenizer):
     llama = smollm2.load_llama()
     qwen2 = smollm2.as_qwen2(llama)
@@ -58,7 +57,6 @@ def test_every_trained_answer_carries_the_sign_of_its_lesson(lesson):
         assert lesson.learned(json.loads(line)["output"])
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_loss_is_on_the_answer_alone(tokenizer):
     path = DATA / "identity.jsonl"
     first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
@@ -100,7 +98,6 @@ def test_a_base_model_that_knows_the_persona_fails_the_checks():
     assert all("the base model gave 4 answers" in problem for problem in problems)
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_whole_script_runs_and_fails_loudly_on_a_model_that_cannot_learn(
     tokenizer, tmp_path, monkeypatch, capsys
 ):

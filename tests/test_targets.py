@@ -16,7 +16,6 @@ SCRIPT = Path(targets.__file__)
 GEMM = targets.GEMM_KERNEL
 
 # One process compiles for all of them: about 20 s.
-pytestmark = pytest.mark.xdist_group("targets")
 
 # A made-up table of tuned tiles: one that fits sm_90, for two numbers of rows; one of eight stages
 # of 48 KiB that does not; and one shape that cuBLAS won.
