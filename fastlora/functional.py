@@ -218,8 +218,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Switch autocast off: the operators are told their dtypes and cast by themselves."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
+        return _NOTHING
     return torch.autocast(device_type, enabled=False)
+
+
+_NOTHING = nullcontext()
 
 
 def _as_seed(seed: int | Tensor | None, x: Tensor) -> Tensor | None:

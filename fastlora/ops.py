@@ -70,6 +70,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 _NOTHING = nullcontext()
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Asking first: .to() takes 0.6 us of the host's time even where there is nothing to do.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:
     """Give rows ``[M, last]`` the leading dimensions of a tensor."""
     return rows if tensor.dim() == 2 else rows.view(*tensor.shape[:-1], rows.shape[1])
@@ -143,7 +148,13 @@ def _low_rank_gemm(
 
     with _on(x.device):
         y = _launchers().low_rank_gemm(
-            rows.to(dtype), weight.to(dtype), bias, plain.rows(h), lora_b, gain, aligned=True
+            _cast(rows, dtype),
+            _cast(weight, dtype),
+            bias,
+            plain.rows(h),
+            lora_b,
+            gain,
+            aligned=True,
         )
     return _like(y, x)
 
@@ -236,7 +247,7 @@ def _input_grad(
         )
 
     fused = plan == plans.FUSED
-    rows, weight = rows.to(dtype), weight.to(dtype)
+    rows, weight = _cast(rows, dtype), _cast(weight, dtype)
     with _on(dy.device):
         dx = _launchers().input_grad(
             [rows] if fused else [],
