@@ -161,7 +161,7 @@ def test_the_fused_plan_moves_what_the_design_says_and_stays_within_the_limits(c
     assert found.scratch > 0
 
 
-# At 8192 rows there are row blocks enough, and shrink is one launch; fewer rows split K and add one.
+# At 8192 rows there are row blocks enough and shrink is one launch; fewer rows split K and add one.
 @pytest.mark.parametrize(
     ("shape", "p", "provider", "plan", "forward", "backward"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ from kernel_cases import (
 from fastlora import dropout, reference
 from fastlora.kernels import low_rank_gemm as module
 from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
-from fastlora.kernels.tile_config import device_limits, has_descriptors
+from fastlora.kernels.tile_config import device_limits, forget_tiles, has_descriptors
 
 GAIN = 1.7
 THRESHOLD = dropout.threshold(P)
@@ -56,26 +57,28 @@ PARTS = [
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
-def descriptors(request, monkeypatch) -> bool:
+def descriptors(request, monkeypatch) -> Iterator[bool]:
     """Whether operands whose layout allows it are read through tensor descriptors."""
     if not request.param:
         monkeypatch.setattr(module, "has_descriptors", lambda limits: False)
     elif not has_descriptors(device_limits(DEVICE)):
         pytest.skip("this GPU has no tensor memory accelerator")
-    return request.param
+    forget_tiles()  # what a launch is made of is remembered
+    yield request.param
+    forget_tiles()
 
 
 @pytest.fixture
 def described(descriptors, monkeypatch) -> list[torch.Size]:
     """The shapes of the tensors that descriptors were made of."""
     shapes = []
-    make = module.TensorDescriptor.from_tensor
+    make = module._describe
 
-    def counted(tensor, block):
+    def counted(tensor, tile):
         shapes.append(tensor.shape)
-        return make(tensor, block)
+        return make(tensor, tile)
 
-    monkeypatch.setattr(module.TensorDescriptor, "from_tensor", counted)
+    monkeypatch.setattr(module, "_describe", counted)
     return shapes
 
 
@@ -320,7 +323,12 @@ def test_default_tiles_cover_everything(dtype, mask):
 def test_drawing_a_mask_narrows_the_tile(mask, width, monkeypatch):
     """Wider, the draw spills registers on sm_90; the result would be the same."""
     widths = []
-    monkeypatch.setattr(module, "_launch", lambda *args: widths.append(args[-1].block_n))
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: widths.append(constants["BLOCK_N"])
+
+    monkeypatch.setattr(module, "_low_rank_gemm_kernel", Launch())
     masks, _ = draw_masks(mask, 1, 8, 24)
     config = replace(TILE, block_n=256)
     inputs = backward_inputs((8, 24, 40, 0), [5])

@@ -246,7 +246,7 @@ def test_input_without_gradient_is_fused_without_its_gradient(
     def refuse(*args: object, **kwargs: object) -> Tensor:
         raise AssertionError("the gradient of an input that needs none was computed")
 
-    monkeypatch.setattr(ops, "input_grad", refuse)
+    monkeypatch.setattr(ops.DIRECT, "input_grad", refuse)
     assert_fused(spy, fused, plain, tokens())
     with pytest.raises(AssertionError, match="needs none"):
         run(linears(fused)[0], inputs())
