@@ -29,7 +29,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .dtypes import dot, dot_precision
+from .dtypes import dot_precision
+from .gemm_tile import column_parts, frozen_product, low_rank_product
 from .philox import expand_bits, load_bits
 from .tile_config import (
     TileConfig,
@@ -40,7 +41,7 @@ from .tile_config import (
     padded_rank,
     tile_config_for,
 )
-from .tile_order import grouped_tile, load_tile, store_tile
+from .tile_order import grouped_tile, store_tile
 
 # How much of the rank enters one product. At 64, fp32 terms need more tensor memory than sm_100
 # has, and half-precision ones spill 8 to 16 bytes a thread under autocast (sm_90).
@@ -71,67 +72,6 @@ class _LowRank(NamedTuple):
     rank: int
     mask: Tensor  # seed, bytes, or anything where MASK is "none"
     stride_mask: int
-
-
-@triton.jit
-def _frozen_product(
-    accumulator, frozen, first_row, M, first_column, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    RIGHT_IS_TRANSPOSED: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add ``left @ right`` to a tile."""
-    for k in range(0, frozen.depth, BLOCK_K):
-        if USE_DESCRIPTORS:
-            left = frozen.left.load([first_row, k])
-            if RIGHT_IS_TRANSPOSED:
-                right = frozen.right.load([first_column, k]).T
-            else:
-                right = frozen.right.load([k, first_column])
-        else:
-            left = load_tile(
-                frozen.left, frozen.stride_lm, frozen.stride_lk, first_row, M, k, frozen.depth,
-                BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-            right = load_tile(
-                frozen.right, frozen.stride_rk, frozen.stride_rn, k, frozen.depth, first_column, N,
-                BLOCK_K, BLOCK_N,
-            )  # fmt: skip
-        accumulator = dot(left, right, accumulator, PRECISION)
-    return accumulator
-
-
-@triton.jit
-def _low_rank_product(
-    accumulator, term, first_row, M, first_column, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add ``h @ q`` to a tile, in chunks of the rank; ``q`` is cast to the dtype of ``h``."""
-    for r in tl.range(0, term.rank, BLOCK_R, num_stages=1):
-        h = load_tile(term.h, term.stride_hm, 1, first_row, M, r, term.rank, BLOCK_M, BLOCK_R)
-        q = load_tile(
-            term.q, term.stride_qr, term.stride_qn, r, term.rank, first_column, N, BLOCK_R, BLOCK_N
-        )
-        accumulator = dot(h, q.to(h.dtype), accumulator, PRECISION)
-    return accumulator
-
-
-@triton.jit
-def _column_parts(tile, PARTS: tl.constexpr):
-    """Split a tile into 1, 2 or 4 pieces of its columns, from left to right."""
-    M: tl.constexpr = tile.shape[0]
-    N: tl.constexpr = tile.shape[1]
-    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4)
-    if PARTS == 1:
-        parts = (tile,)
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
-        if PARTS == 2:
-            parts = (left, right)
-        else:
-            a, b = tl.split(tl.permute(tl.reshape(left, (M, 2, N // 4)), (0, 2, 1)))
-            c, d = tl.split(tl.permute(tl.reshape(right, (M, 2, N // 4)), (0, 2, 1)))
-            parts = (a, b, c, d)
-    return parts
 
 
 @triton.jit(do_not_specialize=["M", "gain", "threshold"])
@@ -169,26 +109,26 @@ def _low_rank_gemm_kernel(
         first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for g in tl.static_range(len(frozen)):
-            accumulator = _frozen_product(
+            accumulator = frozen_product(
                 accumulator, frozen[g], first_row, M, first_column, N, BLOCK_M, BLOCK_N, BLOCK_K,
                 RIGHT_IS_TRANSPOSED, USE_DESCRIPTORS, PRECISION,
             )  # fmt: skip
         if MASK == "none" and len(low_rank) > 0:
             accumulator = accumulator * (1.0 / gain)
             for g in tl.static_range(len(low_rank)):
-                accumulator = _low_rank_product(
+                accumulator = low_rank_product(
                     accumulator, low_rank[g], first_row, M, first_column, N,
                     BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                 )  # fmt: skip
             accumulator = accumulator * gain
-        parts = _column_parts(accumulator, PARTS)
+        parts = column_parts(accumulator, PARTS)
         for number in tl.static_range(PARTS):
             part = parts[number]
             column = first_column + number * PART_N
             if MASK != "none":
                 for g in tl.static_range(len(low_rank)):
                     zeros = tl.zeros((BLOCK_M, PART_N), tl.float32)
-                    term = _low_rank_product(
+                    term = low_rank_product(
                         zeros, low_rank[g], first_row, M, column, N,
                         BLOCK_M, PART_N, BLOCK_R, PRECISION,
                     )  # fmt: skip

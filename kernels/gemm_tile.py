@@ -1,0 +1,70 @@
+"""What happens to one tile of ``low_rank_gemm``: the frozen product, a low-rank one, its pieces."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .dtypes import dot
+from .tile_order import load_tile
+
+
+@triton.jit
+def frozen_product(
+    accumulator, frozen, first_row, M, first_column, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RIGHT_IS_TRANSPOSED: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add ``left @ right`` to a tile."""
+    for k in range(0, frozen.depth, BLOCK_K):
+        if USE_DESCRIPTORS:
+            left = frozen.left.load([first_row, k])
+            if RIGHT_IS_TRANSPOSED:
+                right = frozen.right.load([first_column, k]).T
+            else:
+                right = frozen.right.load([k, first_column])
+        else:
+            left = load_tile(
+                frozen.left, frozen.stride_lm, frozen.stride_lk, first_row, M, k, frozen.depth,
+                BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+            right = load_tile(
+                frozen.right, frozen.stride_rk, frozen.stride_rn, k, frozen.depth, first_column, N,
+                BLOCK_K, BLOCK_N,
+            )  # fmt: skip
+        accumulator = dot(left, right, accumulator, PRECISION)
+    return accumulator
+
+
+@triton.jit
+def low_rank_product(
+    accumulator, term, first_row, M, first_column, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add ``h @ q`` to a tile, in chunks of the rank; ``q`` is cast to the dtype of ``h``."""
+    for r in tl.range(0, term.rank, BLOCK_R, num_stages=1):
+        h = load_tile(term.h, term.stride_hm, 1, first_row, M, r, term.rank, BLOCK_M, BLOCK_R)
+        q = load_tile(
+            term.q, term.stride_qr, term.stride_qn, r, term.rank, first_column, N, BLOCK_R, BLOCK_N
+        )
+        accumulator = dot(h, q.to(h.dtype), accumulator, PRECISION)
+    return accumulator
+
+
+@triton.jit
+def column_parts(tile, PARTS: tl.constexpr):
+    """Split a tile into 1, 2 or 4 pieces of its columns, from left to right."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4)
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+        if PARTS == 2:
+            parts = (left, right)
+        else:
+            a, b = tl.split(tl.permute(tl.reshape(left, (M, 2, N // 4)), (0, 2, 1)))
+            c, d = tl.split(tl.permute(tl.reshape(right, (M, 2, N // 4)), (0, 2, 1)))
+            parts = (a, b, c, d)
+    return parts
