@@ -11,25 +11,25 @@ from .tile_order import load_tile
 
 @triton.jit
 def frozen_product(
-    accumulator, frozen, first_row, M, first_column, N,
+    accumulator, left_source, right_source, layout, first_row, M, first_column, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     RIGHT_IS_TRANSPOSED: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ``left @ right`` to a tile."""
-    for k in range(0, frozen.depth, BLOCK_K):
+    """Add ``left @ right`` to a tile; the sources are descriptors or pointers."""
+    for k in range(0, layout.depth, BLOCK_K):
         if USE_DESCRIPTORS:
-            left = frozen.left.load([first_row, k])
+            left = left_source.load([first_row, k])
             if RIGHT_IS_TRANSPOSED:
-                right = frozen.right.load([first_column, k]).T
+                right = right_source.load([first_column, k]).T
             else:
-                right = frozen.right.load([k, first_column])
+                right = right_source.load([k, first_column])
         else:
             left = load_tile(
-                frozen.left, frozen.stride_lm, frozen.stride_lk, first_row, M, k, frozen.depth,
+                left_source, layout.stride_lm, layout.stride_lk, first_row, M, k, layout.depth,
                 BLOCK_M, BLOCK_K,
             )  # fmt: skip
             right = load_tile(
-                frozen.right, frozen.stride_rk, frozen.stride_rn, k, frozen.depth, first_column, N,
+                right_source, layout.stride_rk, layout.stride_rn, k, layout.depth, first_column, N,
                 BLOCK_K, BLOCK_N,
             )  # fmt: skip
         accumulator = dot(left, right, accumulator, PRECISION)

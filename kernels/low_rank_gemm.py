@@ -49,14 +49,17 @@ _MAX_BLOCK_R = 32
 _MAX_FP32_BLOCK_R = 16
 
 
-class _Frozen(NamedTuple):
-    """One frozen product ``left [M, depth] @ right``: tensors, or descriptors of them."""
+# The operands of the frozen products are arguments of their own, because Triton's launcher takes no
+# descriptor inside a tuple (3.4 to 3.7); the absent ones are None.
+MAX_SIBLINGS = 4
 
-    left: Any
+
+class _Layout(NamedTuple):
+    """Strides of one frozen product ``left [M, depth] @ right``, in elements."""
+
     stride_lm: int
     stride_lk: int
-    right: Any  # stored [N, depth] in the forward form, [depth, N] in the backward
-    stride_rn: int
+    stride_rn: int  # right is stored [N, depth] in the forward form, [depth, N] in the backward
     stride_rk: int
     depth: int
 
@@ -76,16 +79,23 @@ class _LowRank(NamedTuple):
 
 @triton.jit(do_not_specialize=["M", "gain", "threshold"])
 def _low_rank_gemm_kernel(
-    # tensors
+    # operands of the frozen products, of up to four siblings: descriptors or pointers
+    left_0,
+    right_0,
+    left_1,
+    right_1,
+    left_2,
+    right_2,
+    left_3,
+    right_3,
+    layouts,
+    # tensors; out and every h are contiguous
     out,
-    frozen,
     low_rank,
     bias_ptr,
     # sizes
     M,
     N,
-    # strides, in elements; the last dimension of out and of every h is contiguous
-    stride_om,
     # run-time scalars
     gain,
     threshold,
@@ -97,23 +107,23 @@ def _low_rank_gemm_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
     RIGHT_IS_TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    MASK: tl.constexpr,  # "none", "bits" or "seed"
+    MASK: tl.constexpr,  # "none", "bits" or "seed"; "absent" where there is no low-rank term
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     PART_N: tl.constexpr = BLOCK_N // PARTS
+    lefts, rights = (left_0, left_1, left_2, left_3), (right_0, right_1, right_2, right_3)
     for tile in range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
         row_block, column_block = grouped_tile(tile, row_blocks, column_blocks, GROUP_M)
         first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for g in tl.static_range(len(frozen)):
+        for g in tl.static_range(len(layouts)):
             accumulator = frozen_product(
-                accumulator, frozen[g], first_row, M, first_column, N, BLOCK_M, BLOCK_N, BLOCK_K,
-                RIGHT_IS_TRANSPOSED, USE_DESCRIPTORS, PRECISION,
+                accumulator, lefts[g], rights[g], layouts[g], first_row, M, first_column, N,
+                BLOCK_M, BLOCK_N, BLOCK_K, RIGHT_IS_TRANSPOSED, USE_DESCRIPTORS, PRECISION,
             )  # fmt: skip
-        if MASK == "none" and len(low_rank) > 0:
+        if MASK == "none":
             accumulator = accumulator * (1.0 / gain)
             for g in tl.static_range(len(low_rank)):
                 accumulator = low_rank_product(
@@ -125,7 +135,7 @@ def _low_rank_gemm_kernel(
         for number in tl.static_range(PARTS):
             part = parts[number]
             column = first_column + number * PART_N
-            if MASK != "none":
+            if MASK == "bits" or MASK == "seed":
                 for g in tl.static_range(len(low_rank)):
                     zeros = tl.zeros((BLOCK_M, PART_N), tl.float32)
                     term = low_rank_product(
@@ -138,14 +148,14 @@ def _low_rank_gemm_kernel(
                     )  # fmt: skip
                     keep = expand_bits(bits, BLOCK_M, PART_N)
                     part += gain * tl.where(keep, term, 0.0)
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 columns = column + tl.arange(0, PART_N)
                 bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
                 part += bias.to(tl.float32)[None, :]
             if USE_DESCRIPTORS:
                 out.store([first_row, column], part.to(out.dtype))
             else:
-                store_tile(out, stride_om, 1, first_row, M, column, N, part, BLOCK_M, PART_N)
+                store_tile(out, N, 1, first_row, M, column, N, part, BLOCK_M, PART_N)
 
 
 def low_rank_gemm(
@@ -164,7 +174,7 @@ def low_rank_gemm(
     Args:
         x: ``[M, K]`` in the dtype of ``weight``, any strides.
         weight: ``[N, K]``, any strides.
-        bias: ``[N]`` or ``None``.
+        bias: ``[N]``, contiguous, or ``None``.
         h: ``[M, R]``, rows contiguous, in the dtype of the low-rank product.
         lora_b: ``[N, R]``, any strides and float dtype.
         gain: factor of the low-rank term; 0 leaves it out. Its inverse must be an fp32 number.
@@ -176,9 +186,8 @@ def low_rank_gemm(
     """
     y = x.new_empty((x.shape[0], weight.shape[0]))
     terms = [_LowRank(h, h.stride(0), lora_b, lora_b.stride(1), lora_b.stride(0), h.shape[1], h, 0)]
-    terms = terms if gain else []
-    shape = _Shape(lora_b.shape[1], True, "none", aligned, config)
-    _launch(y, [(x, weight)], terms, bias, gain, 0, shape)
+    shape = _Shape(lora_b.shape[1], True, "none" if gain else "absent", aligned, config)
+    _launch(y, [(x, weight)], terms if gain else [], bias, gain, 0, shape)
     return y
 
 
@@ -197,8 +206,8 @@ def input_grad(
     """Launch the backward form: ``dx = sum_g dy_g weight_g + sum_g keep_g * (dh_g lora_a_g)``.
 
     Args:
-        dys: for each adapter ``[M, N_g]`` in the dtype of the weights, any strides; may be empty,
-            with ``weights``, which leaves the low-rank term alone.
+        dys: for each adapter, at most four, ``[M, N_g]`` in the dtype of the weights, any strides;
+            may be empty, with ``weights``, which leaves the low-rank term alone.
         weights: for each adapter ``[N_g, K]``, any strides.
         dhs: for each adapter ``[M, R_g]``, rows contiguous.
         lora_as: for each adapter ``[R_g, K]``, any strides and float dtype.
@@ -229,6 +238,7 @@ def input_grad(
         for g, (dh, a) in enumerate(zip(dhs, lora_as, strict=True))
     ]
     products = list(zip(dys, weights, strict=True))
+    assert len(products) <= MAX_SIBLINGS, f"{len(products)} siblings, at most {MAX_SIBLINGS}"
     shape = _Shape(rank, False, mask_kind, aligned, config)
     _launch(dx, products, terms, None, 1.0, threshold, shape)
     return dx
@@ -239,7 +249,7 @@ class _Shape(NamedTuple):
 
     rank: int  # the largest
     forward: bool
-    mask: str  # "none", "bits" or "seed"
+    mask: str  # as the kernel's MASK
     aligned: bool | None
     config: TileConfig | None
 
@@ -267,16 +277,19 @@ def _launch(
         dtype = h_dtype
     fp32_term = h_dtype == torch.float32
     precision = dot_precision(torch.float32 if fp32_term else dtype)
-    key = (m, n, depth, bias is not None, dtype, fp32_term, precision)
+    key = (m, n, depth, dtype, fp32_term, precision)
     settings = _settings(shape._replace(aligned=aligned), out.device, *key)
-    frozen = tuple(_frozen(*product, shape.forward, settings) for product in products)
+    operands: list[Any] = [None] * (2 * MAX_SIBLINGS)
+    for g, (left, right) in enumerate(products):
+        operands[2 * g] = _describe(left, settings.left_tile) if settings.described else left
+        operands[2 * g + 1] = _describe(right, settings.right_tile) if settings.described else right
     _low_rank_gemm_kernel[settings.grid](
+        *operands,
+        tuple(_layout(left, right, shape.forward) for left, right in products),
         _describe(out, settings.out_tile) if settings.described else out,
-        frozen,
         tuple(terms),
-        out if bias is None else bias,
+        bias,
         m,
-        n,
         n,
         gain,
         threshold,
@@ -302,7 +315,6 @@ def _settings(
     m: int,
     n: int,
     depth: int,
-    has_bias: bool,
     dtype: torch.dtype,
     fp32_term: bool,
     precision: str,
@@ -339,7 +351,6 @@ def _settings(
         "GROUP_M": config.group_m,
         "PARTS": config.parts,
         "RIGHT_IS_TRANSPOSED": forward,
-        "HAS_BIAS": has_bias,
         "MASK": shape.mask,
         "USE_DESCRIPTORS": described,
         "PRECISION": precision,
@@ -356,19 +367,10 @@ def _settings(
     )
 
 
-def _frozen(left: Tensor, right: Tensor, forward: bool, settings: _Settings) -> _Frozen:
-    (left_m, left_k), (right_row, right_column) = left.stride(), right.stride()
-    right_n, right_k = (right_row, right_column) if forward else (right_column, right_row)
-    described, depth = settings.described, left.shape[1]
-    return _Frozen(
-        _describe(left, settings.left_tile) if described else left,
-        left_m,
-        left_k,
-        _describe(right, settings.right_tile) if described else right,
-        right_n,
-        right_k,
-        depth,
-    )
+def _layout(left: Tensor, right: Tensor, forward: bool) -> _Layout:
+    (left_m, left_k), (row, column) = left.stride(), right.stride()
+    right_n, right_k = (row, column) if forward else (column, row)
+    return _Layout(left_m, left_k, right_n, right_k, left.shape[1])
 
 
 def _describe(matrix: Tensor, tile: list[int]) -> TensorDescriptor:

@@ -49,7 +49,7 @@ def _add_partials_kernel(sums, BLOCK: tl.constexpr):
             inside = index < elements
             total = tl.zeros((BLOCK,), tl.float32)
             for split in range(job.splits):
-                partial = job.partials + tl.to_tensor(split).to(tl.int64) * elements
+                partial = job.partials + tl.cast(split, tl.int64) * elements
                 total += tl.load(partial + index, mask=inside, other=0.0)
             offsets = (index // job.columns) * job.stride_row
             offsets += (index % job.columns) * job.stride_column

@@ -141,13 +141,15 @@ def default_tile(
         limits: of the device.
         dtype: of the operands of the products.
         m: rows.
-        n: out features; 0 where they play no part.
+        n: out features; 0 where they play no part, as in the masked term of ``input_grad`` alone.
         k: in features; likewise.
         r: rank; of several siblings together the sum of their padded ranks.
         wide_rank: the low-rank term of a half-precision GEMM is fp32.
         aligned: rows start on 16-byte boundaries.
     """
     wide, rank = dtype == torch.float32, padded_rank(r)
+    if operation == "input_grad" and n == 0:  # the masked term alone: bound by its store
+        return TileConfig(64, 64 if wide else 128, 16, parts=2, num_warps=8, num_stages=1)
     if operation in ("low_rank_gemm", "input_grad"):
         return _default_gemm_tile(operation, limits, wide, wide_rank, aligned)
     stages = 2 if wide or rank > 64 or limits.capability == 0 else 3

@@ -25,9 +25,9 @@ def grouped_tile(tile, row_blocks, column_blocks, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _corner(ptr, stride_row, stride_column, first_row, first_column):
-    # to_tensor: a loop variable is a Python int in the interpreter, and a 1 is a constexpr.
-    down = tl.to_tensor(first_row).to(tl.int64) * stride_row
-    return ptr + down + tl.to_tensor(first_column).to(tl.int64) * stride_column
+    # tl.cast, not .to(): a loop variable is a Python int in the interpreter, and a 1 a constexpr.
+    down = tl.cast(first_row, tl.int64) * stride_row
+    return ptr + down + tl.cast(first_column, tl.int64) * stride_column
 
 
 @triton.jit
