@@ -21,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except (ValueError, OSError) as error:
-        # What a user can put right: a model that is not there, a device that cannot be tuned.
+    except (ValueError, OSError, RuntimeError) as error:
+        # What a user can put right: a model that is not there, a device that cannot be tuned, too
+        # little memory.
         print(f"fastlora {options.command}: {error}", file=sys.stderr)
         return 1
     return status
@@ -40,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Measure, for every linear of a model, whether the fused GEMM or cuBLAS is faster on "
             "this GPU, and with which tiles, and remember it for later runs (in "
-            "~/.cache/fastlora/tuned). Takes a minute or two for each model."
+            "~/.cache/fastlora/tuned). Takes a minute or two for each model. Shapes in a table "
+            "that comes with fastlora keep what it says."
         ),
     ))  # fmt: skip
     return parser

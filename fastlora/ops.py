@@ -77,7 +77,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:
     """Give rows ``[M, last]`` the leading dimensions of a tensor."""
-    return rows if tensor.dim() == 2 else rows.view(*tensor.shape[:-1], rows.shape[1])
+    if tensor.dim() == 2:
+        return rows
+    # Not view(): autograd refuses to change a view that a Function made in place (y.add_(...)).
+    return torch.ops.aten._unsafe_view.default(rows, (*tensor.shape[:-1], rows.shape[1]))
 
 
 def _aligned(row_bytes: int, *matrices: Tensor) -> bool:
@@ -138,19 +141,18 @@ def _low_rank_gemm(
         k,
         rank,
     )
-    if (
-        plan != plans.FUSED
-        or not _LEAST_GAIN < abs(gain) < 1 / _LEAST_GAIN
-        or not _aligned(n * dtype.itemsize, rows, weight)
-    ):
+    fused = plan == plans.FUSED and _LEAST_GAIN < abs(gain) < 1 / _LEAST_GAIN
+    if fused:
+        rows, weight = _cast(rows, dtype), _cast(weight, dtype)
+    if not fused or not _aligned(n * dtype.itemsize, rows, weight):
         # cuBLAS and an in-place addmm_: the hybrid plan is the plain code here.
         return plain.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
 
     with _on(x.device):
         y = _launchers().low_rank_gemm(
-            _cast(rows, dtype),
-            _cast(weight, dtype),
-            bias,
+            rows,
+            weight,
+            None if bias is None else bias.contiguous(),
             plain.rows(h),
             lora_b,
             gain,
@@ -160,7 +162,7 @@ def _low_rank_gemm(
 
 
 # The fused kernel divides its accumulator by the gain and multiplies it again. Within these bounds
-# no fp32 sum of half-precision products can leave fp32's range on the way.
+# only sums beyond 2**88 could leave fp32's range on the way.
 _LEAST_GAIN = 2.0**-40
 
 
@@ -239,8 +241,10 @@ def _input_grad(
         rank,
         masked=mask is not None,
     )
-    if plan == plans.FUSED and not _aligned(k * grad_dtype.itemsize, rows, weight):
-        plan = plans.HYBRID
+    if plan == plans.FUSED:
+        rows, weight = _cast(rows, dtype), _cast(weight, dtype)
+        if not _aligned(k * grad_dtype.itemsize, rows, weight):
+            plan = plans.HYBRID
     if plan == plans.PLAIN or (plan == plans.HYBRID and mask is None):
         return plain.input_grad(
             dy, weight, dh, lora_a, mask, dropout_p, dtype=dtype, grad_dtype=grad_dtype

@@ -24,14 +24,20 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastlora import dropout, plain
-from fastlora.kernels.tile_config import device_limits, forget_tiles, tile_key, tuned_entries
+from fastlora.kernels.tile_config import (
+    allows_tf32,
+    device_limits,
+    forget_tiles,
+    tile_key,
+    tuned_entries,
+)
 
 Plan = Literal["fused", "hybrid", "plain"]
 FUSED: Plan = "fused"
@@ -49,7 +55,7 @@ _KERNEL_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
 # The names given by backend(), innermost last. Process-wide and not a context variable: the
 # backward pass runs on autograd's own threads.
-_forced: list[str] = []
+_forced: list[_Request] = []
 
 
 @contextmanager
@@ -67,11 +73,20 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no such plan.
     """
-    _forced.append(_resolve(name, "backend"))
+    request = _Request(_resolve(name, "backend"))
+    _forced.append(request)
     try:
         yield
     finally:
-        _forced.pop()
+        # Not pop(): a block of another thread may have begun since, and end later.
+        _forced.remove(request)
+
+
+class _Request:
+    """One ``backend`` block; equal to itself alone."""
+
+    def __init__(self, plan: str) -> None:
+        self.plan = plan
 
 
 @functools.cache
@@ -85,14 +100,17 @@ def _resolve(name: str, source: str) -> str:
 def requested() -> str:
     """Return the plan that was asked for, by ``backend`` or the environment, or ``"auto"``."""
     if _forced:
-        return _forced[-1]
+        return _forced[-1].plan
     name = os.environ.get(ENVIRONMENT)
     return _resolve(name, ENVIRONMENT) if name else "auto"
 
 
 def interpreting() -> bool:
     """Return whether Triton's kernels are interpreted: they then take CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
+
+
+_TRUE = frozenset(("1", "true", "yes", "on", "y"))  # as Triton reads it
 
 
 def plan_for(
@@ -128,13 +146,15 @@ def plan_for(
     wanted = requested()
     if wanted == PLAIN:
         return PLAIN
-    limit = possible_plan(operation, device, dtype, r)
+    limit = possible_plan(operation, device, dtype, r, masked)
     if wanted == "auto":
         wanted = _automatic(operation, device, dtype, m, n, k, r, masked)
     return PLANS[min(PLANS.index(limit), PLANS.index(wanted))]
 
 
-def possible_plan(operation: str, device: torch.device, dtype: torch.dtype, r: int) -> Plan:
+def possible_plan(
+    operation: str, device: torch.device, dtype: torch.dtype, r: int, masked: bool = False
+) -> Plan:
     """Return the furthest plan that this device and these operands allow."""
     if unsupported_reason(device, dtype, r) is not None:
         return PLAIN
@@ -143,8 +163,10 @@ def possible_plan(operation: str, device: torch.device, dtype: torch.dtype, r: i
         return PLAIN
     if operation not in GEMMS:
         return FUSED
-    exact_fp32 = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    if "low_rank_gemm" in failed or (exact_fp32 and not interpreting()):
+    if "low_rank_gemm" in failed:
+        # The hybrid form of input_grad takes its masked term from the same kernel.
+        return HYBRID if operation == "low_rank_gemm" or not masked else PLAIN
+    if dtype == torch.float32 and not allows_tf32() and not interpreting():
         # Exact fp32 has no tensor cores: a Triton GEMM would spill where cuBLAS does not.
         return HYBRID
     return FUSED
@@ -225,7 +247,11 @@ def check_device(device: torch.device) -> dict[str, str]:
         failures = {}
         for kernel in KERNELS:
             try:
-                reason = _wrong_result(kernel, device)
+                with _neutral(device):
+                    reason = _wrong_result(kernel, device)
+            except torch.OutOfMemoryError:
+                # Nothing is known of the kernel: the next call checks again.
+                return dict.fromkeys(KERNELS, "out of memory while it was checked")
             except Exception as error:  # an unknown device may fail anywhere in the compiler
                 first_line = str(error).strip().partition("\n")[0]
                 reason = f"{type(error).__name__}: {first_line}"
@@ -240,6 +266,18 @@ def check_device(device: torch.device) -> dict[str, str]:
                 )
         _failures[device] = failures
     return failures
+
+
+@contextmanager
+def _neutral(device: torch.device) -> Iterator[None]:
+    """Undo what the caller may have set up: autocast, gradients, dispatch modes, another device."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        yield
 
 
 def _wrong_result(kernel: str, device: torch.device) -> str | None:
@@ -257,33 +295,30 @@ def _wrong_result(kernel: str, device: torch.device) -> str | None:
     a, b, h = draw(r, k) * k**-0.5, draw(n, r), draw(m, r)
     seed = torch.full((), 20251122, dtype=torch.int64, device=device)
     threshold = dropout.threshold(p)
-    with torch.no_grad():
-        expected_h, bits = plain.shrink(x, a, seed, p, True, rank_dtype=dtype)
-        if kernel == "shrink":
-            from fastlora.kernels.shrink import shrink
+    expected_h, bits = plain.shrink(x, a, seed, p, True, rank_dtype=dtype)
+    if kernel == "shrink":
+        from fastlora.kernels.shrink import shrink
 
-            (got_h,), (got_bits,) = shrink(
-                x, [a], [seed], threshold, rank_dtype=dtype, return_bits=True
-            )
-            if not torch.equal(got_bits, bits):
-                return "the dropout mask differs"
-            return _difference([("h", got_h, expected_h)])
-        if kernel == "adapter_grads":
-            from fastlora.kernels.adapter_grads import adapter_grads
+        (got_h,), (got_bits,) = shrink(
+            x, [a], [seed], threshold, rank_dtype=dtype, return_bits=True
+        )
+        if not torch.equal(got_bits, bits):
+            return "the dropout mask differs"
+        return _difference([("h", got_h, expected_h)])
+    if kernel == "adapter_grads":
+        from fastlora.kernels.adapter_grads import adapter_grads
 
-            wide = torch.float32
-            got = adapter_grads(dy, x, h, b, bits, 1.5, rank_dtype=dtype, grad_dtype=wide)
-            wanted = plain.adapter_grads(
-                dy, x, h, b, bits, 1.5, p, rank_dtype=dtype, grad_dtype=wide
-            )
-            return _difference(list(zip(("dh", "dA", "dB"), got, wanted, strict=True)))
-        from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+        wide = torch.float32
+        got = adapter_grads(dy, x, h, b, bits, 1.5, rank_dtype=dtype, grad_dtype=wide)
+        wanted = plain.adapter_grads(dy, x, h, b, bits, 1.5, p, rank_dtype=dtype, grad_dtype=wide)
+        return _difference(list(zip(("dh", "dA", "dB"), got, wanted, strict=True)))
+    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
 
-        y = low_rank_gemm(x, weight, None, h, b, 1.5)
-        dx = input_grad([dy], [weight], [h], [a], [bits], grad_dtype=dtype)
-        expected_y = plain.low_rank_gemm(x, weight, None, h, b, 1.5, dtype=dtype)
-        expected_dx = plain.input_grad(dy, weight, h, a, bits, p, dtype=dtype, grad_dtype=dtype)
-        return _difference([("y", y, expected_y), ("dx", dx, expected_dx)])
+    y = low_rank_gemm(x, weight, None, h, b, 1.5)
+    dx = input_grad([dy], [weight], [h], [a], [bits], grad_dtype=dtype)
+    expected_y = plain.low_rank_gemm(x, weight, None, h, b, 1.5, dtype=dtype)
+    expected_dx = plain.input_grad(dy, weight, h, a, bits, p, dtype=dtype, grad_dtype=dtype)
+    return _difference([("y", y, expected_y), ("dx", dx, expected_dx)])
 
 
 # Both sides round an fp16 result a few times: 2**-11 each, relative to the whole.

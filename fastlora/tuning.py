@@ -132,14 +132,17 @@ def _fastest(
     functions: Timings, device: torch.device, rounds: int, say: Progress
 ) -> tuple[str, float]:
     """Time what runs at all and return the name and the median of the fastest."""
-    working = {}
+    working, refused = {}, None
     for name, function in functions.items():
         try:
             function()
         except Exception as error:  # a tile that a compiler or a device refuses is not a candidate
             say(f"    {name}: {type(error).__name__}")
+            refused = error
             continue
         working[name] = function
+    if not working:
+        raise ValueError(f"no tile runs on {device}; the last one said: {refused!r}")
     taken = measure_us(working, device, rounds)
     medians = {name: statistics.median(values) for name, values in taken.items()}
     name = min(medians, key=medians.__getitem__)
@@ -179,6 +182,9 @@ def tune(
 ) -> Path:
     """Measure plans and tiles on this device and write them to the user's cache.
 
+    Adapters are measured in the dtype of the base, without a bias. What a committed table says of a
+    shape stands above the cache.
+
     Args:
         model: its linear layers are the shapes to tune for, with or without peft; it may be on the
             meta device. The output layer (``lm_head``) is left out.
@@ -197,7 +203,8 @@ def tune(
         leaves what it has measured.
 
     Raises:
-        ValueError: there is nothing to tune, or the kernels do not run on this device.
+        ValueError: there is nothing to tune, a size is not positive (or below the 64 rows from
+            which on kernels are used), or the kernels do not run on this device.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -208,6 +215,13 @@ def tune(
     if "shrink" in failed or "adapter_grads" in failed:
         raise ValueError(f"nothing to tune on {device}: {plans.describe(device)}")
     wanted = dict.fromkeys([*linear_shapes(model), *shapes] if model is not None else shapes)
+    if wrong := [shape for shape in wanted if shape.n < 1 or shape.k < 1]:
+        raise ValueError(f"out and in features must be positive, got {wrong[0]}")
+    if min(tokens) < plans.MIN_ROWS and device.type == "cuda":
+        raise ValueError(
+            f"batches of less than {plans.MIN_ROWS} tokens are not tuned (they go to cuBLAS), got "
+            f"{min(tokens)}"
+        )
     if not wanted:
         raise ValueError("nothing to tune: give a model with linear layers, or shapes")
     limits = device_limits(device)
@@ -259,7 +273,8 @@ def tune_linear(
         best, best_us = _fastest(runs, device, rounds, say)
         key = tile_key(operation, dtype, m, shape.n, shape.k, r)
         entries.append({"key": asdict(key), "tile": tiles[best].as_dict(), "us": round(best_us, 2)})
-    if "low_rank_gemm" in plans.check_device(device):
+    if reason := plans.check_device(device).get("low_rank_gemm"):
+        say(f"    low_rank_gemm stays with cuBLAS: {reason}")
         return entries
     for operation, (fused, hybrid, base) in _gemms(operands, dtype).items():
         tiles = {str(tile): tile for tile in gemm_candidates(limits)}

@@ -40,6 +40,9 @@ from .tile_order import load_tile, store_tile
 # Above it one partial dB for each row block is more traffic than reading dy a second time: at rank
 # 128, row blocks of 128 write and read 8 bytes for every 2 bytes of dy.
 _MAX_RANK_IN_ONE_PASS = 64
+# Beyond it the partial dB of a very long batch would take gigabytes: 131,072 rows, N = 25,600 and
+# rank 64 are 3.4. Two passes over dy take none.
+_MAX_PARTIAL_BYTES = 256 << 20
 # fp32 products have no tensor cores: two accumulators of rank 64 spill 24 to 128 bytes a thread.
 _MAX_FP32_RANK_IN_ONE_PASS = 16
 
@@ -199,7 +202,10 @@ def adapter_grads(
         return dh, da, None if db is None else db.zero_()
     fp32 = rank_dtype == torch.float32
     max_rank = _MAX_FP32_RANK_IN_ONE_PASS if fp32 else _MAX_RANK_IN_ONE_PASS
-    if need_dh and db is not None and h is not None and rank <= max_rank:
+    lowest_block = 32 if fp32 else 64 if not has_aligned_rows(dy) else 256
+    partial_bytes = 4 * -(-m // lowest_block) * n * rank
+    one_pass = rank <= max_rank and partial_bytes <= _MAX_PARTIAL_BYTES
+    if need_dh and db is not None and h is not None and (one_pass or output_config is not None):
         _output_pass(dy, lora_b, h, dh, db, gain, rank_dtype, output_config)
     else:
         if need_dh:

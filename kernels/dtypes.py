@@ -1,7 +1,7 @@
 """Dtypes inside the kernels: torch's names in Triton's words, and the precision of fp32 products.
 
 Half-precision products accumulate in fp32. fp32 products are exact fp32 ("ieee") unless the user
-allows TF32 by ``torch.backends.cuda.matmul.allow_tf32``, as torch's own matmul.
+allows TF32 by ``torch.backends.cuda.matmul``, as torch's own matmul.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from .tile_config import allows_tf32
 
 _TRITON = {
     torch.float16: tl.float16,
@@ -28,8 +30,7 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Return ``input_precision`` for ``tl.dot``; it matters to fp32 operands alone."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 @triton.jit

@@ -11,9 +11,11 @@ Nothing in this file imports triton: plans are looked up on machines that do not
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 
 TUNED = Path(__file__).parent / "tuned"
-# Rows of a batch are tuned at these sizes, and a call takes the nearest one that is not smaller.
+# Rows of a batch are tuned at these sizes. A call takes the nearest one that is not smaller, or the
+# largest.
 M_BUCKETS = (64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -111,6 +114,16 @@ def device_limits(device: torch.device) -> DeviceLimits:
         shared_bytes=getattr(properties, "shared_memory_per_block_optin", 65536),
         processors=properties.multi_processor_count,
     )
+
+
+def allows_tf32() -> bool:
+    """Return whether fp32 products may be rounded to TF32, however the user said so."""
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 brought the first, and 2.13 refuses to read the second once the first was set.
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision in ("tf32", "ieee"):
+        return bool(precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 def has_descriptors(limits: DeviceLimits) -> bool:
@@ -283,15 +296,38 @@ def tuned_entries(device_name: str) -> Mapping[TileKey, Mapping[str, Any]]:
 
     Read once for each device, until ``forget_tiles``.
 
+    A table in the user's cache that cannot be read, or that another minor version of Triton was
+    measured with, is left out with a warning: it must not stop a training run.
+
     Raises:
-        ValueError: a table cannot be read; the message names the file.
+        ValueError: a committed table cannot be read; the message names the file.
     """
     entries: dict[TileKey, Mapping[str, Any]] = {}
-    for folder in (user_cache(), TUNED):
-        path = folder / f"{device_slug(device_name)}.json"
-        if path.exists():
+    name = f"{device_slug(device_name)}.json"
+    if (path := user_cache() / name).exists():
+        try:
             entries.update(read_table(path))
+            if (measured := _triton_of(path)) not in (None, _installed_triton()):
+                raise ValueError(
+                    f"{path} was measured with Triton {measured}, and {_installed_triton()} is "
+                    "installed; run `fastlora tune` again"
+                )
+        except ValueError as error:
+            entries.clear()
+            warnings.warn(f"ignored: {error}", RuntimeWarning, stacklevel=2)
+    if (path := TUNED / name).exists():
+        entries.update(read_table(path))
     return entries
+
+
+def _triton_of(path: Path) -> str | None:
+    """Return the minor version of Triton that a table was measured with, if it says."""
+    version = json.loads(path.read_text()).get("triton")
+    return None if version is None else ".".join(str(version).split(".")[:2])
+
+
+def _installed_triton() -> str:
+    return ".".join(importlib.metadata.version("triton").split(".")[:2])
 
 
 def read_table(path: Path) -> dict[TileKey, Mapping[str, Any]]:
@@ -301,8 +337,13 @@ def read_table(path: Path) -> dict[TileKey, Mapping[str, Any]]:
         ValueError: it is not such a table; the message names the file.
     """
     try:
-        rows = json.loads(path.read_text())["entries"]
-        return {TileKey(**row["key"]): row for row in rows}
+        entries = {TileKey(**row["key"]): row for row in json.loads(path.read_text())["entries"]}
+        for entry in entries.values():
+            if entry.get("tile"):
+                TileConfig(**entry["tile"])
+            if entry.get("plan", "hybrid") not in ("fused", "hybrid", "plain"):
+                raise ValueError(f"no such plan: {entry['plan']!r}")
+        return entries
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a table of tuned tiles: {error!r}; delete it") from error
 

@@ -171,7 +171,7 @@ def test_default_tile_covers_everything(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_tile_is_as_accurate_as_torch_at_real_sizes(dtype, ranks, p):
     x, lora_as, seeds, _ = make_inputs((1000, 4096, ranks, 1), dtype)
-    assert x.device == DEVICE
+    assert x.device.type == DEVICE.type
     hs, _ = shrink(x, lora_as, seeds if p else None, THRESHOLD, rank_dtype=dtype)
     keeps = [dropout.keep_mask(seed, *x.shape, P) if p else None for seed in seeds]
     check(hs, x, lora_as, keeps, dtype)

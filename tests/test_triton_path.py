@@ -217,7 +217,7 @@ def test_the_kernels_really_run(monkeypatch):
     for module in (shrink, low_rank_gemm, adapter_grads):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, _Counted(getattr(module, name), name, launched))
-    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP32, FP32, None))
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP16, FP16, None))
     for plan, gemms in (("plain", 0), ("hybrid", 1), ("fused", 2)):
         launched.clear()
         with fastlora.backend(plan):
