@@ -38,6 +38,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -390,12 +391,32 @@ def compile_cases(target: Target, cases: Sequence[Case]) -> tuple[list[Report], 
                         # Triton keeps what it compiled: the same signature is the same object.
                         if id(compiled) not in seen:
                             seen.add(id(compiled))
+                            if target.is_nvidia and (refused := _launcher_refuses(compiled)):
+                                problems.append(f"{target.name} {name} {kernel}: {refused}")
                             report = _report(target, case, name, kernel, compiled, options)
                             if operation == TERM:  # without a frozen product there is no pipeline
                                 report = replace(report, expected=())
                             reports.append(report)
                             problems.extend(report.problems())
     return reports, problems
+
+
+def _launcher_refuses(compiled: Any) -> str | None:
+    """Return why Triton could not launch what it compiled, or ``None``.
+
+    It finds out at the first launch alone: a descriptor inside a tuple argument compiles.
+    """
+    signature = compiled.src.signature
+    descriptors = getattr(compiled.metadata, "tensordesc_meta", None)
+    try:
+        if hasattr(nvidia, "expand_signature"):  # Triton 3.7
+            nvidia.expand_signature(signature.values(), descriptors)
+            nvidia.wrap_handle_tensordesc(lambda *_: None, signature, descriptors)
+        else:
+            nvidia.make_launcher({}, signature, descriptors)
+    except Exception as error:  # whatever stops the launcher is the finding
+        return f"its launcher cannot be built: {error!r}"
+    return None
 
 
 def _report(

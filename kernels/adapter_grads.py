@@ -202,10 +202,10 @@ def adapter_grads(
         return dh, da, None if db is None else db.zero_()
     fp32 = rank_dtype == torch.float32
     max_rank = _MAX_FP32_RANK_IN_ONE_PASS if fp32 else _MAX_RANK_IN_ONE_PASS
-    lowest_block = 32 if fp32 else 64 if not has_aligned_rows(dy) else 256
-    partial_bytes = 4 * -(-m // lowest_block) * n * rank
-    one_pass = rank <= max_rank and partial_bytes <= _MAX_PARTIAL_BYTES
-    if need_dh and db is not None and h is not None and (one_pass or output_config is not None):
+    low_block = 32 if fp32 else 256 if has_aligned_rows(dy) else 64  # of the default tiles
+    partial_bytes = 4 * -(-m // low_block) * n * rank
+    fits = output_config is not None or partial_bytes <= _MAX_PARTIAL_BYTES
+    if need_dh and db is not None and h is not None and rank <= max_rank and fits:
         _output_pass(dy, lora_b, h, dh, db, gain, rank_dtype, output_config)
     else:
         if need_dh:

@@ -60,6 +60,16 @@ def test_results_are_filed_under_their_device(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "tuned" / "nvidia-h200.json").read_text()) == table
 
 
+def test_a_log_alone_says_where_it_belongs(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "tests.log").write_text(
+        "date=2026-11-22 commit=abc device=NVIDIA H100 80GB HBM3 torch=2.11.0 triton=3.6.0\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.import_results(tmp_path / "in") == 0
+    assert (tmp_path / "benchmarks/results/nvidia-h100-80gb-hbm3/tests.log").exists()
+
+
 def test_results_of_no_device_are_refused(tmp_path, capsys):
     assert gpu.import_results(tmp_path) == 1
     assert "no device" in capsys.readouterr().out

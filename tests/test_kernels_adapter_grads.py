@@ -266,6 +266,20 @@ def test_default_tiles_cover_everything(dtype):
     check(grads, inputs, keep, **options)
 
 
+def test_a_batch_whose_partial_results_would_be_huge_takes_two_passes(passes, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_PARTIAL_BYTES", 4 * 24 * 8)  # one row block of N = 24, R = 8
+    options = {"rank_dtype": torch.float16, "grad_dtype": torch.float32}
+    b = randn(24, 8, dtype=torch.float16)
+    for m, expected in ((20, ["_output_pass"]), (300, ["shrink", "input_pass"])):
+        dy, h = randn(m, 24, dtype=torch.float16), randn(m, 8, dtype=torch.float16)
+        passes.clear()
+        _, _, db = adapter_grads(dy, None, h, b, None, GAIN, **options)
+        assert passes == expected
+        assert_kernel_as_accurate(
+            db, GAIN * (dy.float().t() @ h.float()), GAIN * (dy.double().t() @ h.double())
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("rank", [5, 16, 64, 128, 256])

@@ -168,6 +168,48 @@ def test_a_kernel_that_failed_its_check_is_not_used(pretend, kernel, expected):
     assert f"{kernel}: h is off by 1.0e+00" in described
 
 
+def test_a_failed_gemm_is_not_used_for_the_masked_term_either(pretend):
+    pretend(H200, {"low_rank_gemm": "y is off by 1.0e+00"})
+    assert plan("input_grad", masked=True) == "plain"
+    assert plan("input_grad") == "hybrid"
+    assert plan("shrink", masked=True) == "hybrid"
+
+
+def test_blocks_of_two_threads_may_overlap():
+    first, second = fastlora.backend("hybrid"), fastlora.backend("plain")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert plans.requested() == "plain"
+    second.__exit__(None, None, None)
+    assert plans.requested() == "auto"
+
+
+def test_a_table_of_the_user_that_is_wrong_is_left_out_with_a_warning(pretend, tmp_path):
+    folder = tmp_path / "fastlora" / "tuned"
+    pretend(H200)
+    for broken, message in (
+        ("fussed", "no such plan: 'fussed'"),
+        (None, "is not a table of tuned tiles"),
+    ):
+        write_table(folder, broken or "fused")
+        if broken is None:
+            (folder / "nvidia-h200.json").write_text("[]")
+        plans.forget_measurements()
+        with pytest.warns(RuntimeWarning, match=message):
+            assert plan() == "hybrid"
+
+
+def test_a_table_of_another_triton_is_left_out_with_a_warning(pretend, tmp_path):
+    folder = tmp_path / "fastlora" / "tuned"
+    write_table(folder, "fused")
+    path = folder / "nvidia-h200.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"triton": "2.1.0"}))
+    pretend(H200)
+    with pytest.warns(RuntimeWarning, match=r"measured with Triton 2\.1, and .* tune` again"):
+        assert plan() == "hybrid"
+
+
 def test_a_device_that_was_not_checked_is_plain_inside_a_capture(pretend, monkeypatch):
     pretend(H200)
     monkeypatch.delitem(plans._failures, CUDA)
@@ -236,6 +278,24 @@ def test_a_wrong_kernel_is_found_and_leads_to_another_plan(
     assert list(failures) == [kernel]
     with fastlora.backend("fused"):
         assert plan("low_rank_gemm", CPU) == fallback
+
+
+@interpreted
+def test_the_check_does_not_depend_on_what_the_caller_set_up(unchecked):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.autocast("cpu", torch.bfloat16), FakeTensorMode(), torch.inference_mode():
+        assert plans.check_device(CPU) == {}
+
+
+def test_a_check_that_ran_out_of_memory_is_made_again(unchecked, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(plans, "_wrong_result", fail)
+    assert set(plans.check_device(CPU)) == set(plans.KERNELS)
+    monkeypatch.setattr(plans, "_wrong_result", lambda *_: None)
+    assert plans.check_device(CPU) == {}
 
 
 def test_a_compiler_that_fails_is_a_reason_and_not_an_error(unchecked, monkeypatch):

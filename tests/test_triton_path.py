@@ -16,6 +16,7 @@ from tiny_models import tiny_peft
 
 import fastlora
 from fastlora import dropout, lora_linear, plans
+from fastlora.kernels import tile_config
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -162,6 +163,56 @@ def test_any_scaling_is_honoured(plan, scaling):
         with fastlora.backend(name):
             results.append(lora_linear(**inputs, scaling=scaling).detach())
     assert (results[1] - results[0]).norm() <= 1e-6 * results[0].norm()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_strided_or_expanded_bias_is_read_right(plan):
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP32, FP32, None))
+    wide = torch.randn(96, device=DEVICE)
+    for bias in (wide[::2], wide[:1].expand(48)):
+        results = []
+        for name in ("plain", plan):
+            with fastlora.backend(name):
+                results.append(lora_linear(**inputs | {"bias": bias}, scaling=1.0).detach())
+        assert (results[1] - results[0]).norm() <= 1e-5 * results[0].norm()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_output_can_be_changed_in_place(plan):
+    """A view made inside an autograd Function cannot (residual.add_, dropout(inplace=True))."""
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP16, FP32, None))
+    with fastlora.backend(plan):
+        y = lora_linear(**inputs, scaling=1.0, dropout_p=0.5)
+        y.add_(1)
+        y.sum().backward()
+    assert inputs["x"].grad is not None
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_that_autocast_makes_unaligned_are_computed(plan):
+    """144-byte rows in fp32 are 72-byte rows in fp16."""
+    inputs = make_inputs((1, 20, 36, 44, 5, False), (FP32, FP32, FP16))
+    with fastlora.backend(plan), torch.autocast(DEVICE, dtype=FP16):
+        y = lora_linear(**inputs, scaling=1.0, dropout_p=0.5)
+        y.backward(torch.ones_like(y))
+    assert y.isfinite().all()
+
+
+def test_tf32_asked_for_in_the_new_words_does_not_stop_a_call():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 brought them")
+    before = matmul.fp32_precision
+    inputs = make_inputs((2, 20, 64, 48, 5, True), (FP32, FP32, None))
+    try:
+        matmul.fp32_precision = "tf32"
+        assert tile_config.allows_tf32()
+        with fastlora.backend("fused"):
+            lora_linear(**inputs, scaling=1.0).sum().backward()
+        matmul.fp32_precision = "ieee"
+        assert not tile_config.allows_tf32()
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_scaling_that_changes_between_calls_is_honoured():

@@ -136,6 +136,8 @@ def test_functions_are_timed_in_turn_and_the_order_alternates():
         (["--shape", "48", "64", "--dropout", "1"], r"dropout must lie in \[0, 1\), got 1.0"),
         (["--shape", "48", "64", "--device", "cuda"], "there is no CUDA device"),
         (["--model", "/nowhere/qwen"], "/nowhere/qwen"),
+        (["--shape", "0", "64"], "out and in features must be positive"),
+        (["--shape", "48", "64", "--device", "foo"], "foo"),
     ],
 )
 def test_what_cannot_be_tuned_is_said_in_one_line(arguments, message, capsys):
