@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import gpu
+import gpu_train
 import pytest
 import torch
 from shapes import MODELS
@@ -39,7 +40,7 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
     if part == "train":
         rows = list(csv.DictReader((tmp_path / "train.csv").read_text().splitlines()))
         seen = {(row["provider"], float(row["p"]), row["plan"]) for row in rows}
-        assert seen == set(gpu.TIMED)
+        assert seen == set(gpu_train.TIMED)
         assert {row["linear"] for row in rows} == {"q_proj", "layer"}
         assert all(float(row["graph_us"]) > 0 for row in rows)
 
@@ -76,9 +77,9 @@ def test_results_of_no_device_are_refused(tmp_path, capsys):
 
 
 def test_what_is_promised_is_what_is_timed():
-    assert set(gpu.PROMISES) == set(MODELS)
+    assert set(gpu_train.PROMISES) == set(MODELS)
     for needed in (("fastlora", 0.1, "auto"), ("peft", 0.1, "auto"), ("peft-bf16", 0.1, "auto")):
-        assert needed in gpu.TIMED
+        assert needed in gpu_train.TIMED
 
 
 def test_without_a_gpu_and_without_smoke_it_says_so(tmp_path):
