@@ -4,8 +4,9 @@
     hybrid    cuBLAS and an in-place ``addmm_``; thin products in Triton
     plain     PyTorch
 
-A fused GEMM wins only where it reaches about 95.5 % of cuBLAS (Qwen3-8B; 97 % for 32B), so the
-choice is a matter of measurement and of shape. ``auto`` takes the first of these that knows:
+By a cost model of an H200, a fused GEMM wins only where it reaches about 95.5 % of cuBLAS (97 % for
+Qwen3-32B), so the choice is a matter of measurement and of shape. ``auto`` takes the first of these
+that knows:
 
     kernels/tuned/<device>.json    measured and committed
     the user's cache               measured by ``fastlora tune``
