@@ -340,6 +340,7 @@ def _settings(
         # An fp32 low-rank term of a half-precision result: three TF32 products keep 22 bits of it,
         # and exact fp32 would spill (no tensor cores).
         precision = "tf32x3"
+    # One program fills a processor, but for the masked term alone: small tiles without a pipeline.
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     right_tile = [config.block_n, config.block_k] if forward else [config.block_k, config.block_n]
     described = bool(shape.aligned) and has_descriptors(limits)
@@ -358,7 +359,7 @@ def _settings(
         "num_stages": config.num_stages,
     }
     return _Settings(
-        (min(tiles, limits.processors),),
+        (min(tiles, limits.processors * (1 if depth else 8)),),
         described,
         [config.block_m, config.block_n // config.parts],
         [config.block_m, config.block_k],

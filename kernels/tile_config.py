@@ -162,7 +162,7 @@ def default_tile(
     """
     wide, rank = dtype == torch.float32, padded_rank(r)
     if operation == "input_grad" and n == 0:  # the masked term alone: bound by its store
-        return TileConfig(64, 64 if wide else 128, 16, parts=2, num_warps=8, num_stages=1)
+        return TileConfig(32, 64, 16, num_warps=4, num_stages=1)
     if operation in ("low_rank_gemm", "input_grad"):
         return _default_gemm_tile(operation, limits, wide, wide_rank, aligned)
     stages = 2 if wide or rank > 64 or limits.capability == 0 else 3
