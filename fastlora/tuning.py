@@ -214,16 +214,7 @@ def tune(
     failed = plans.check_device(device)
     if "shrink" in failed or "adapter_grads" in failed:
         raise ValueError(f"nothing to tune on {device}: {plans.describe(device)}")
-    wanted = dict.fromkeys([*linear_shapes(model), *shapes] if model is not None else shapes)
-    if wrong := [shape for shape in wanted if shape.n < 1 or shape.k < 1]:
-        raise ValueError(f"out and in features must be positive, got {wrong[0]}")
-    if min(tokens) < plans.MIN_ROWS and device.type == "cuda":
-        raise ValueError(
-            f"batches of less than {plans.MIN_ROWS} tokens are not tuned (they go to cuBLAS), got "
-            f"{min(tokens)}"
-        )
-    if not wanted:
-        raise ValueError("nothing to tune: give a model with linear layers, or shapes")
+    wanted = _checked_shapes(model, shapes, tokens, device)
     limits = device_limits(device)
     path = out or user_cache() / f"{device_slug(limits.name)}.json"
     entries = dict(read_table(path)) if path.exists() else {}
@@ -240,6 +231,26 @@ def tune(
         )
     plans.forget_measurements()
     return path
+
+
+def _checked_shapes(
+    model: nn.Module | None,
+    shapes: Sequence[LinearShape],
+    tokens: Sequence[int],
+    device: torch.device,
+) -> list[LinearShape]:
+    """Return the distinct shapes to tune for, or raise if there is nothing that can be tuned."""
+    wanted = list(dict.fromkeys([*(linear_shapes(model) if model is not None else ()), *shapes]))
+    if not wanted:
+        raise ValueError("nothing to tune: give a model with linear layers, or shapes")
+    if wrong := [shape for shape in wanted if shape.n < 1 or shape.k < 1]:
+        raise ValueError(f"out and in features must be positive, got {wrong[0]}")
+    if min(tokens) < plans.MIN_ROWS and device.type == "cuda":
+        raise ValueError(
+            f"batches of less than {plans.MIN_ROWS} tokens are not tuned (they go to cuBLAS), got "
+            f"{min(tokens)}"
+        )
+    return wanted
 
 
 def linear_shapes(model: nn.Module) -> list[LinearShape]:
