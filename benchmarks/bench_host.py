@@ -112,9 +112,7 @@ def pieces(p: float) -> dict[str, Call]:
         "tile_config_for": lambda: tile_config.tile_config_for(
             "shrink", CPU, fp32, ROWS, k=SHAPE.k, r=RANK
         ),
-        "3 TensorDescriptors": lambda: [
-            low_rank_gemm.TensorDescriptor.from_tensor(x, [16, 64]) for _ in range(3)
-        ],
+        "3 descriptors": lambda: [low_rank_gemm._describe(x, [16, 64]) for _ in range(3)],
         "new_empty": lambda: x.new_empty((ROWS, SHAPE.n)),
         "plan_for": lambda: plans.plan_for("shrink", CPU, fp32, ROWS, 0, SHAPE.k, RANK),
         "dot_precision": lambda: shrink.dot_precision(fp32),

@@ -266,9 +266,9 @@ def _launch(
     m, n = out.shape
     if m == 0:
         return
-    aligned = shape.aligned
-    if aligned is None:
-        aligned = all(map(has_aligned_rows, (out, *chain.from_iterable(products))))
+    if shape.aligned is None:
+        operands = (out, *chain.from_iterable(products))
+        shape = shape._replace(aligned=all(map(has_aligned_rows, operands)))
     h_dtype = terms[0].h.dtype if terms else None
     dtype, depth = out.dtype, 0
     if products:
@@ -278,13 +278,13 @@ def _launch(
     fp32_term = h_dtype == torch.float32
     precision = dot_precision(torch.float32 if fp32_term else dtype)
     key = (m, n, depth, dtype, fp32_term, precision)
-    settings = _settings(shape._replace(aligned=aligned), out.device, *key)
-    operands: list[Any] = [None] * (2 * MAX_SIBLINGS)
+    settings = _settings(shape, out.device, *key)
+    sources: list[Any] = [None] * (2 * MAX_SIBLINGS)
     for g, (left, right) in enumerate(products):
-        operands[2 * g] = _describe(left, settings.left_tile) if settings.described else left
-        operands[2 * g + 1] = _describe(right, settings.right_tile) if settings.described else right
+        sources[2 * g] = _describe(left, settings.left_tile) if settings.described else left
+        sources[2 * g + 1] = _describe(right, settings.right_tile) if settings.described else right
     _low_rank_gemm_kernel[settings.grid](
-        *operands,
+        *sources,
         tuple(_layout(left, right, shape.forward) for left, right in products),
         _describe(out, settings.out_tile) if settings.described else out,
         tuple(terms),
