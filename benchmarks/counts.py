@@ -425,7 +425,9 @@ def models_table() -> list[dict[str, Any]]:
                     "automatic_plans": automatic_plans(linears, m),
                 }
             )
-    print("\nPlans that `auto` takes on an H200, by the committed table:")
+    with h200():
+        measured = len(tile_config.tuned_entries(H200.name))
+    print(f"\nPlans that `auto` takes on an H200; the committed table has {measured} entries:")
     by_plans: dict[str, list[str]] = {}
     for row in rows:
         described = _described(row["automatic_plans"])

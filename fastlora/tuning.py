@@ -26,6 +26,8 @@ from fastlora.kernels.tile_config import (
     default_tile,
     device_limits,
     device_slug,
+    installed_triton,
+    measured_with,
     read_table,
     tile_key,
     user_cache,
@@ -43,8 +45,9 @@ class LinearShape:
     k: int
 
 
-def gemm_candidates(limits: DeviceLimits) -> Iterator[TileConfig]:
-    """Yield the tiles worth trying for the fused GEMM in half precision."""
+def gemm_candidates(limits: DeviceLimits, default: TileConfig) -> Iterator[TileConfig]:
+    """Yield the default tile and others worth trying for the fused GEMM in half precision."""
+    yield default
     tiles = [
         TileConfig(128, 256, 64, parts=2, num_warps=8, num_stages=4),
         TileConfig(128, 256, 64, parts=2, num_warps=8, num_stages=3),
@@ -217,7 +220,9 @@ def tune(
     wanted = _checked_shapes(model, shapes, tokens, device)
     limits = device_limits(device)
     path = out or user_cache() / f"{device_slug(limits.name)}.json"
-    entries = dict(read_table(path)) if path.exists() else {}
+    # What another Triton was measured with is not carried into a table that names this one.
+    current = path.exists() and measured_with(path) in (None, installed_triton())
+    entries = dict(read_table(path)) if current else {}
     total = len(wanted) * len(tokens)
     for number, (shape, m) in enumerate(((s, m) for s in wanted for m in tokens), start=1):
         start = time.perf_counter()
@@ -288,7 +293,8 @@ def tune_linear(
         say(f"    low_rank_gemm stays with cuBLAS: {reason}")
         return entries
     for operation, (fused, hybrid, base) in _gemms(operands, dtype).items():
-        tiles = {str(tile): tile for tile in gemm_candidates(limits)}
+        default = default_tile(operation, limits, dtype, m, shape.n, shape.k, r)
+        tiles = {str(tile): tile for tile in gemm_candidates(limits, default)}
         runs = {name: _bind(fused, tile) for name, tile in tiles.items()}
         best, _ = _fastest(runs, device, rounds, say)
         # The winner runs again beside the other plan, in turn: a ratio is only fair in one run.

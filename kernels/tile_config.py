@@ -307,9 +307,9 @@ def tuned_entries(device_name: str) -> Mapping[TileKey, Mapping[str, Any]]:
     if (path := user_cache() / name).exists():
         try:
             entries.update(read_table(path))
-            if (measured := _triton_of(path)) not in (None, _installed_triton()):
+            if (measured := measured_with(path)) not in (None, installed_triton()):
                 raise ValueError(
-                    f"{path} was measured with Triton {measured}, and {_installed_triton()} is "
+                    f"{path} was measured with Triton {measured}, and {installed_triton()} is "
                     "installed; run `fastlora tune` again"
                 )
         except ValueError as error:
@@ -320,13 +320,19 @@ def tuned_entries(device_name: str) -> Mapping[TileKey, Mapping[str, Any]]:
     return entries
 
 
-def _triton_of(path: Path) -> str | None:
-    """Return the minor version of Triton that a table was measured with, if it says."""
+def measured_with(path: Path) -> str | None:
+    """Return the minor version of Triton that a table was measured with, if it says.
+
+    Raises:
+        ValueError: it is not a table; the message names the file.
+    """
+    read_table(path)
     version = json.loads(path.read_text()).get("triton")
     return None if version is None else ".".join(str(version).split(".")[:2])
 
 
-def _installed_triton() -> str:
+def installed_triton() -> str:
+    """Return the minor version of Triton that is installed."""
     return ".".join(importlib.metadata.version("triton").split(".")[:2])
 
 

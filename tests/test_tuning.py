@@ -28,7 +28,7 @@ TUNE = ["tune", "--device", "cpu", "--dtype", "float16", "--tokens", "32", "--ro
 def few_candidates(monkeypatch):
     """One tile instead of ten: the interpreter takes a tenth of a second for each."""
     tile = TileConfig(32, 32, 32)
-    monkeypatch.setattr(tuning, "gemm_candidates", lambda limits: iter([tile]))
+    monkeypatch.setattr(tuning, "gemm_candidates", lambda *_: iter([tile]))
     monkeypatch.setattr(tuning, "thin_candidates", lambda operation, default: iter([default]))
     yield
     plans.forget_measurements()
@@ -62,6 +62,16 @@ def test_tuning_again_adds_to_the_table(few_candidates, tmp_path):
         assert cli.main([*TUNE, "--shape", n, "64", "--out", str(out)]) == 0
     keys = tile_config.read_table(out)
     assert {key.n for key in keys if key.operation == "low_rank_gemm"} == {48, 80}
+
+
+@interpreted
+def test_tuning_again_with_another_triton_starts_anew(few_candidates, tmp_path):
+    out = tmp_path / "table.json"
+    assert cli.main([*TUNE, "--shape", "48", "64", "--out", str(out)]) == 0
+    out.write_text(json.dumps(json.loads(out.read_text()) | {"triton": "2.1.0"}))
+    assert cli.main([*TUNE, "--shape", "80", "64", "--out", str(out)]) == 0
+    keys = tile_config.read_table(out)
+    assert {key.n for key in keys if key.operation == "low_rank_gemm"} == {80}
 
 
 @interpreted
@@ -103,11 +113,15 @@ def test_a_model_is_read_from_its_config_alone(tmp_path):
 
 def test_candidates_fit_their_device():
     small = DeviceLimits("RTX", capability=89, shared_bytes=99 * 1024, processors=128)
-    for limits in (H200, small):
-        tiles = list(tuning.gemm_candidates(limits))
-        assert tiles
-        assert all(tuning.fits(tile, limits) for tile in tiles)
-    assert all(tile.block_m * tile.block_n <= 128 * 128 for tile in tuning.gemm_candidates(small))
+    for limits, largest in ((H200, 128 * 256), (small, 128 * 128)):
+        default = tile_config.default_tile(
+            "low_rank_gemm", limits, torch.bfloat16, 8192, 4096, 4096, 16
+        )
+        first, *others = tuning.gemm_candidates(limits, default)
+        assert first == default
+        assert others
+        assert all(tuning.fits(tile, limits) for tile in (first, *others))
+        assert all(tile.block_m * tile.block_n <= largest for tile in (first, *others))
 
 
 def test_a_tile_that_does_not_run_is_not_a_candidate():
