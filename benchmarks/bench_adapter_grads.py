@@ -42,7 +42,7 @@ def operands(p):
 def run(plan, p):
     """Return the timed function, which ends when the device has finished."""
     dy, x, h, b, keep = operands(p)
-    bits = None if keep is None else dropout.pack(keep)
+    masks = [] if keep is None else [dropout.pack(keep)]
 
     def adapter_grads():
         if plan == "matmuls":
@@ -50,9 +50,9 @@ def run(plan, p):
             dh = dy @ b
             result = dh, dh.t() @ x, dy.t() @ h
         else:
-            result = ops.adapter_grads(
-                dy, x, h, b, bits, GAIN, p, rank_dtype=DTYPE, grad_dtype=DTYPE
-            )
+            tensors = [dy], x, [h], [b], masks, [GAIN]
+            grads = ops.adapter_grads(*tensors, p, rank_dtype=DTYPE, grad_dtype=DTYPE)
+            result = tuple(of_one for (of_one,) in grads)
         if ON_GPU:
             torch.cuda.synchronize()
         return result

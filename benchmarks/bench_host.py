@@ -1,13 +1,17 @@
-"""Time that the host takes for one LoRA linear, where the kernels' launches do nothing.
+"""Time that the host takes for LoRA linears, where the kernels' launches do nothing.
 
     python benchmarks/bench_host.py [--profile]
 
 On a GPU a step whose kernels are short waits for Python. This measures the Python: fused plan,
-8 rows of 64 features in fp32 on the CPU, so that PyTorch's own arithmetic is next to nothing, and
-every launch of a Triton kernel replaced by a function that returns. Triton's own launcher comes on
-top, once for each kernel; so does, on CUDA, the launch of each of PyTorch's operations, for every
+few rows and features on the CPU, so that PyTorch's own arithmetic is next to nothing, and every
+launch of a Triton kernel replaced by a function that returns. Triton's own launcher comes on top,
+once for each kernel; so does, on CUDA, the launch of each of PyTorch's operations, for every
 provider. Times are the calling thread's processor time (the backward pass of CPU tensors runs on
 it), and the providers take turns, so that a busy machine meets all alike.
+
+A decoder layer is its seven linears, called as a model calls them (q, k, v and gate, up on one
+input each); its times are divided by seven. Where there is autocast, every provider's forward is
+under it, the bare linears' too.
 """
 
 from __future__ import annotations
@@ -20,12 +24,12 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import baselines
 import torch
-from shapes import Linear
+from shapes import INPUTS, MODELS, Linear
 
 import fastlora
 from fastlora import functional, ops, plans
@@ -34,6 +38,16 @@ from fastlora.kernels import adapter_grads, low_rank_gemm, partial_sums, shrink,
 SHAPE, ROWS, RANK = Linear(64, 64), 8, 16
 CPU = torch.device("cpu")
 TARGET_US = 25.0  # of one forward of the function, without Triton's launcher
+# Of a layer one row of 16 features: from two rows on, a bf16 product of a CPU goes to oneDNN, whose
+# 30 us beside 9 would make every provider of the main case look alike.
+LAYER = dict.fromkeys(MODELS["Qwen2.5-0.5B"], Linear(16, 16))
+# Of a layer's forward: at most so many times the bare linears', and peft's.
+TARGET_BARE, TARGET_PEFT = 3.5, 0.4
+BARE, PEFT = "nn.Linear, frozen", "peft"
+SETTINGS = {
+    "fp32, without autocast": torch.float32,
+    "bf16 base, fp32 adapters, under autocast": torch.bfloat16,
+}
 _KERNEL_MODULES = (shrink, low_rank_gemm, adapter_grads, partial_sums)
 
 
@@ -68,6 +82,7 @@ def _yes() -> bool:
 
 
 Call = Callable[[], Any]
+Key = TypeVar("Key")
 
 
 def build(p: float) -> dict[str, tuple[Call, Call]]:
@@ -75,8 +90,8 @@ def build(p: float) -> dict[str, tuple[Call, Call]]:
     x = torch.randn(ROWS, SHAPE.k, requires_grad=True)
     dy = torch.randn(ROWS, SHAPE.n)
     layers = {
-        "nn.Linear, frozen": baselines.build("frozen", SHAPE, RANK, p, CPU, torch.float32),
-        "peft": baselines.build("peft", SHAPE, RANK, p, CPU, torch.float32),
+        BARE: baselines.build("frozen", SHAPE, RANK, p, CPU, torch.float32),
+        PEFT: baselines.build("peft", SHAPE, RANK, p, CPU, torch.float32),
         "LoRALinear": baselines.build("fastlora", SHAPE, RANK, p, CPU, torch.float32),
     }
     functions: dict[str, tuple[Call, list[Any]]] = {
@@ -97,6 +112,55 @@ def build(p: float) -> dict[str, tuple[Call, Call]]:
     return {name: (forward, both(forward, ps)) for name, (forward, ps) in functions.items()}
 
 
+def build_layers(dtype: torch.dtype) -> dict[str, tuple[Call, Call]]:
+    """Return what ``build`` does, for a decoder layer; fastlora without dropout and with it."""
+    inputs = [torch.randn(1, LAYER[name].k).to(dtype).requires_grad_() for name in INPUTS]
+    dys = [torch.randn(1, shape.n).to(dtype) for shape in LAYER.values()]
+    calls = {}
+    for name, provider, p in (
+        (BARE, "frozen", 0.0),
+        (PEFT, "peft", 0.0),
+        ("fastlora", "fastlora", 0.0),
+        ("peft, p = 0.1", "peft", 0.1),
+        ("fastlora, p = 0.1", "fastlora", 0.1),
+    ):
+        layer, parameters = baselines.build_layer(provider, LAYER, RANK, p, CPU, dtype)
+        if provider == "frozen" and dtype != torch.float32:
+            layer = baselines.UnderAutocast(layer, dtype)
+        forward = functools.partial(layer, *inputs)
+        wanted = [*inputs, *parameters]
+
+        def both(forward: Call = forward, wanted: list[Any] = wanted) -> Any:
+            return torch.autograd.grad(forward(), wanted, dys)
+
+        calls[name] = forward, both
+    return calls
+
+
+def compare_layers(setting: str, rounds: int, calls: int) -> None:
+    """Print a decoder layer's time by every provider, and whether the targets are kept."""
+    with null_launches():
+        providers = build_layers(SETTINGS[setting])
+        # One table, so that forward and both take turns too.
+        functions = {(name, i): pair[i] for name, pair in providers.items() for i in (0, 1)}
+        taken = measure(functions, rounds, calls)
+    us = {key: value / len(LAYER) for key, value in taken.items()}
+    print(f"\nA decoder layer, us a linear: {setting}")
+    print(
+        f"{'':20}{'forward':>10}{'/ bare':>9}{'/ peft':>9}{'and backward':>15}{'/ bare':>9}", end=""
+    )
+    print(f"{'/ peft':>9}")
+    for name in providers:
+        peft = name.replace("fastlora", PEFT) if name.startswith("fastlora") else PEFT
+        ratios = [(us[name, i] / us[BARE, i], us[name, i] / us[peft, i]) for i in (0, 1)]
+        (bare, of_peft), (bare_both, of_peft_both) = ratios
+        print(f"{name:20}{us[name, 0]:10.1f}{bare:9.2f}{of_peft:9.2f}", end="")
+        print(f"{us[name, 1]:15.1f}{bare_both:9.2f}{of_peft_both:9.2f}", end="")
+        kept = bare <= TARGET_BARE and of_peft <= TARGET_PEFT
+        print(f"  {'kept' if kept else 'EXCEEDED'}" if name.startswith("fastlora") else "")
+    print(f"target of the forward: {TARGET_BARE} times the bare linear's, {TARGET_PEFT} of peft's")
+
+
 def pieces(p: float) -> dict[str, Call]:
     """Return the parts of a forward: the operators, alone and without torch's dispatcher."""
     x, h = torch.randn(ROWS, SHAPE.k), torch.randn(ROWS, RANK)
@@ -105,8 +169,8 @@ def pieces(p: float) -> dict[str, Call]:
     fp32, seed = torch.float32, torch.zeros((), dtype=torch.int64) if p else None
 
     functions: dict[str, Call] = {
-        "ops.shrink": lambda: ops.shrink(x, a, seed, p, p > 0, rank_dtype=fp32),
-        "ops._shrink": lambda: ops._shrink(x, a, seed, p, p > 0, rank_dtype=fp32),
+        "ops.shrink": lambda: ops.shrink(x, [a], seed, p, p > 0, rank_dtype=fp32),
+        "ops._shrink": lambda: ops._shrink(x, [a], seed, p, p > 0, rank_dtype=fp32),
         "ops.low_rank_gemm": lambda: ops.low_rank_gemm(x, weight, None, h, b, 2.0, dtype=fp32),
         "ops._low_rank_gemm": lambda: ops._low_rank_gemm(x, weight, None, h, b, 2.0, dtype=fp32),
         "tile_config_for": lambda: tile_config.tile_config_for(
@@ -122,9 +186,9 @@ def pieces(p: float) -> dict[str, Call]:
     return functions
 
 
-def measure(functions: dict[str, Call], rounds: int, calls: int) -> dict[str, float]:
+def measure(functions: dict[Key, Call], rounds: int, calls: int) -> dict[Key, float]:
     """Return the median of microseconds of a call; in each round every function has its turn."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Key, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
             start = time.thread_time()
@@ -154,7 +218,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the forward spends it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"Host time of one linear, us a call; torch {torch.__version__}, null launcher, fp32")
+    print(f"Host time, torch {torch.__version__}, null launcher")
+    for setting in SETTINGS:
+        compare_layers(setting, options.rounds, max(1, options.calls // len(LAYER)))
+    print("\nOne linear, us a call: fp32, without autocast")
     for p in (0.0, 0.1):
         with null_launches():
             providers = build(p)

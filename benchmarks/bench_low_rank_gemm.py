@@ -68,10 +68,8 @@ def backward_of(plan, p):
     (_, weight, *_), dy, dh, a, keep = operands()
     if plan == "frozen":
         return finished(lambda: dy @ weight)
-    bits = dropout.pack(keep) if p else None
-    return finished(
-        lambda: ops.input_grad(dy, weight, dh, a, bits, p, dtype=DTYPE, grad_dtype=DTYPE)
-    )
+    tensors = [dy], [weight], [dh], [a], [dropout.pack(keep)] if p else []
+    return finished(lambda: ops.input_grad(*tensors, p, dtype=DTYPE, grad_dtype=DTYPE))
 
 
 def describe(benchmark, operation):

@@ -1,4 +1,4 @@
-"""What one forward and backward of a LoRA linear launches and moves, counted without a GPU.
+"""What forward and backward of LoRA linears launch and move, counted without a GPU.
 
     python benchmarks/counts.py         or: make counts
 
@@ -8,7 +8,10 @@ each distinct tensor that it reads or writes once: what a kernel must move if it
 cache and it reads none twice. So these are lower bounds for every provider alike, and no substitute
 for a profiler's DRAM counters. "scratch" is the part of the bytes that are fp32 partial results,
 written by one kernel of fastlora and read by the next. "saved" is what autograd keeps for the
-backward pass, apart from the input and the parameters.
+backward pass, apart from the inputs and the parameters.
+
+A decoder layer is its seven linears as a model calls them: q, k and v on one tensor, gate and up on
+another. What autograd adds up where a tensor was used more than once is counted for everyone.
 
 Launchers choose tiles, and with them the size of the scratch, as on an H200.
 """
@@ -29,13 +32,13 @@ from unittest import mock
 
 import baselines
 import torch
-from shapes import DROPOUT, LORAFUSION, MODELS, RANK, TOKENS, Linear
+from shapes import DROPOUT, GROUPS, INPUTS, LORAFUSION, MODELS, RANK, TOKENS, Linear
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import LoRALinear, layers, ops, plans
+from fastlora import LoRALinear, layers, ops, plans, rules
 from fastlora.kernels import adapter_grads, low_rank_gemm, partial_sums, shrink, tile_config
 
 GIB, MIB = 2**30, 2**20
@@ -47,6 +50,11 @@ LORAFUSION_PUBLISHED = dict(zip(LORAFUSION, (1.258, 1.836, 4.044), strict=True))
 TORCH_PUBLISHED = dict(zip(LORAFUSION, (2.008, 2.771, 5.289), strict=True))
 # What the fused plan may move, in GiB, without its scratch.
 LIMITS = dict(zip(LORAFUSION, (0.52, 0.67, 1.16), strict=True))
+
+# What one decoder layer may launch, forward and backward, GEMMs and reductions included: at 8192
+# rows with dropout, and one more in the forward for the seed of each group.
+LAUNCH_LIMITS = {"fused": (11, 20), "hybrid": (18, 27)}
+SEED = "randint"  # what draws one
 
 # Column: provider and the plan that fastlora is held to.
 COLUMNS = {
@@ -280,7 +288,7 @@ def recording() -> Iterator[Recorder]:
                 stack.enter_context(replace(module, name, recorder.kernel(name)))
         stack.enter_context(replace(plans, "interpreting", lambda: True))
         stack.enter_context(replace(FakeTensor, "data_ptr", lambda tensor: 0))
-        stack.enter_context(replace(layers, "_PLAIN_TENSORS", layers._PLAIN_TENSORS | {FakeTensor}))
+        stack.enter_context(replace(rules, "_PLAIN_TENSORS", rules._PLAIN_TENSORS | {FakeTensor}))
         stack.enter_context(replace(nn.functional, "dropout", _cuda_dropout))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(recorder)
@@ -305,6 +313,75 @@ def _cuda_dropout(x: Tensor, p: float, training: bool, inplace: bool = False) ->
     return torch.native_dropout(x, p, True)[0]
 
 
+@dataclass(frozen=True)
+class Passes:
+    """The launches of a forward and a backward pass.
+
+    Attributes:
+        forward: in their order.
+        backward: likewise.
+        saved: bytes that autograd keeps in between, apart from the inputs and the parameters.
+        inputs: the inputs, by which ``readers`` knows their storages.
+        counts: the sums of forward and backward.
+    """
+
+    forward: list[Launch]
+    backward: list[Launch]
+    saved: int
+    inputs: list[Tensor]
+    counts: tuple[Counts, Counts]
+
+    def readers(self, number: int) -> list[str]:
+        """Return the names of the launches that read one of the inputs, in their order."""
+        storage = self.inputs[number].untyped_storage()._cdata
+        return [
+            launch.name
+            for launch in self.forward + self.backward
+            if any(key[0] == storage for key in launch.reads)
+        ]
+
+
+def record(
+    module: nn.Module, features: Iterable[int], plan: str, m: int, dtype: torch.dtype
+) -> Passes:
+    """Record the forward and the backward pass of a module on the meta device.
+
+    Args:
+        module: its outputs are a tensor or a tuple of them; every one gets a gradient.
+        features: in features of its inputs.
+        plan: as in ``count``.
+        m: rows of every input.
+        dtype: of the inputs and of the gradients of the outputs.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with recording() as recorder, fastlora.backend(plan):
+        parameters = without_data(module)
+        inputs = [torch.empty(m, k, dtype=dtype, requires_grad=True) for k in features]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = list(_tensors(module(*inputs)))
+        middle = len(recorder.launches)
+        dys = [torch.empty(m, y.shape[1], dtype=dtype) for y in outputs]
+        torch.autograd.grad(outputs, [*inputs, *parameters], dys)
+        for part in module.modules():
+            if isinstance(part, LoRALinear):
+                assert part.fastlora_last_call == layers.FUSED, part.fastlora_last_call
+        passes = recorder.counts(0, middle), recorder.counts(middle)
+        ours = {tensor.untyped_storage()._cdata for tensor in (*inputs, *module.parameters())}
+        passes[0].saved = sum(
+            tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in ours
+        )
+    launches = recorder.launches
+    return Passes(launches[:middle], launches[middle:], passes[0].saved, inputs, passes)
+
+
+META = torch.device("meta")
+
+
 @functools.cache
 def count(
     provider: str,
@@ -327,55 +404,59 @@ def count(
         p: dropout.
         dtype: of input, base weight and output.
     """
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
-
-    layer, _ = baselines.build(provider, shape, r, p, torch.device("meta"), dtype)
-    with recording() as recorder, fastlora.backend(plan):
-        parameters = without_data(layer)
-        x = torch.empty(m, shape.k, dtype=dtype, requires_grad=True)
-        dy = torch.empty(m, shape.n, dtype=dtype)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = layer(x)
-        middle = len(recorder.launches)
-        torch.autograd.grad(y, [x, *parameters], dy)
-        for module in layer.modules():
-            if isinstance(module, LoRALinear) and provider.startswith("fastlora"):
-                assert module.fastlora_last_call == layers.FUSED, module.fastlora_last_call
-        forward, backward = recorder.counts(0, middle), recorder.counts(middle)
-        ours = {tensor.untyped_storage()._cdata for tensor in (x, *layer.parameters())}
-        forward.saved = sum(
-            tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in ours
-        )
-    return forward, backward
+    layer, _ = baselines.build(provider, shape, r, p, META, dtype)
+    return record(layer, [shape.k], plan, m, dtype).counts
 
 
-def count_layer(
-    linears: Iterable[Linear], provider: str, plan: str, m: int, **options: Any
-) -> Counts:
-    """Return the sums over linears, forward and backward together."""
-    total = Counts()
-    for shape in linears:
-        forward, backward = count(provider, plan, shape, m, **options)
-        total += forward + backward
-    return total
+@functools.cache
+def record_layer(
+    provider: str,
+    plan: str,
+    model: str,
+    m: int,
+    r: int = RANK,
+    p: float = DROPOUT,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Passes:
+    """Record the linears of one decoder layer of a model (see ``count`` for the arguments)."""
+    linears = MODELS[model]
+    layer, _ = baselines.build_layer(provider, linears, r, p, META, dtype)
+    return record(layer, [linears[name].k for name in INPUTS], plan, m, dtype)
+
+
+def clear() -> None:
+    """Forget what was counted: plans or tiles have changed."""
+    count.cache_clear()
+    record_layer.cache_clear()
 
 
 def automatic_plans(linears: dict[str, Linear], m: int) -> dict[str, dict[str, str]]:
-    """Return the plan that fastlora takes by itself on an H200: operation -> linear -> plan."""
+    """Return the plans that fastlora takes by itself on an H200: operation -> names -> plan.
+
+    The forward GEMM is each linear's own; the others are asked for a whole group.
+    """
+    groups = {name: (name,) for name in linears}
+    operations = {"low_rank_gemm": groups}
+    groups = {"/".join(names): names for names in GROUPS if set(names) <= set(linears)}
+    operations |= dict.fromkeys(("input_grad", "shrink", "adapter_grads"), groups)
     cuda = torch.device("cuda")
     with h200():
         return {
             operation: {
-                name: plans.plan_for(
-                    operation, cuda, torch.bfloat16, m, shape.n, shape.k, RANK, masked=True
+                group: plans.plan_for(
+                    operation,
+                    cuda,
+                    torch.bfloat16,
+                    m,
+                    sum(linears[name].n for name in names),
+                    linears[names[0]].k,
+                    RANK,
+                    masked=True,
+                    siblings=len(names),
                 )
-                for name, shape in linears.items()
+                for group, names in asked.items()
             }
-            for operation in ("low_rank_gemm", "input_grad", "shrink", "adapter_grads")
+            for operation, asked in operations.items()
         }
 
 
@@ -384,8 +465,8 @@ def _described(by_operation: dict[str, dict[str, str]]) -> str:
     parts = []
     for operation in ("low_rank_gemm", "input_grad"):
         by_plan: dict[str, list[str]] = {}
-        for name, plan in by_operation[operation].items():
-            by_plan.setdefault(plan, []).append(name.removesuffix("_proj"))
+        for names, plan in by_operation[operation].items():
+            by_plan.setdefault(plan, []).append(names.replace("_proj", ""))
         chosen = "; ".join(
             plan if len(by_plan) == 1 else f"{plan} for {', '.join(names)}"
             for plan, names in by_plan.items()
@@ -394,34 +475,52 @@ def _described(by_operation: dict[str, dict[str, str]]) -> str:
     return ", ".join(parts)
 
 
-def models_table() -> list[dict[str, Any]]:
-    """Print what the seven linears of a decoder layer take together; returns the rows."""
-    rows = []
+def exceeded(column: str, forward: Counts, backward: Counts) -> str | None:
+    """Return by what a decoder layer's launches exceed their limit, or ``None``."""
+    seeds = forward.names.get(SEED, 0)
+    found = forward.launches - seeds, backward.launches
+    limit = LAUNCH_LIMITS[column]
+    if found[0] <= limit[0] and found[1] <= limit[1] and seeds <= len(GROUPS):
+        return None
+    return (
+        f"{found[0]} and {found[1]} launches beside {seeds} seeds, at most {limit[0]} and "
+        f"{limit[1]} beside {len(GROUPS)}"
+    )
+
+
+def layers_table() -> tuple[list[dict[str, Any]], list[str]]:
+    """Print what a decoder layer takes; returns the rows, and where a limit is exceeded."""
+    rows, problems = [], []
     print(
-        f"Seven linears of one decoder layer, forward and backward, bf16, r = {RANK}, "
+        f"The linears of one decoder layer, forward and backward, bf16, r = {RANK}, "
         f"p = {DROPOUT}.\npeft, hybrid and fused have fp32 adapters under autocast; hybrid and "
         "fused are fastlora's plans.\n"
     )
-    header = f"{'':13} {'rows':>5} {'':9}" + "".join(f"{name:>11}" for name in COLUMNS)
-    print(header)
+    print(f"{'':13} {'rows':>5} {'':13}" + "".join(f"{name:>11}" for name in COLUMNS))
     for model, linears in MODELS.items():
         for m in TOKENS:
-            sums = {
-                name: count_layer(linears.values(), provider, plan, m)
+            counted = {
+                name: record_layer(provider, plan, model, m).counts
                 for name, (provider, plan) in COLUMNS.items()
             }
             for label, shown in (
-                ("GiB", lambda c: f"{c.bytes / GIB:.3f}"),
-                ("launches", lambda c: f"{c.launches}"),
-                ("saved MiB", lambda c: f"{c.saved / MIB:.1f}"),
+                ("GiB", lambda f, b: f"{(f + b).bytes / GIB:.3f}"),
+                ("launches f/b", lambda f, b: f"{f.launches}/{b.launches}"),
+                ("saved MiB", lambda f, b: f"{f.saved / MIB:.1f}"),
             ):
                 first = f"{model:13} {m:5}" if label == "GiB" else " " * 19
-                print(f"{first} {label:9}" + "".join(f"{shown(c):>11}" for c in sums.values()))
+                line = "".join(f"{shown(*passes):>11}" for passes in counted.values())
+                print(f"{first} {label:13}{line}")
+            if m == TOKENS[0]:
+                problems += _verdicts(model, counted)
             rows.append(
                 {
                     "model": model,
                     "rows": m,
-                    "columns": {name: _as_json(c) for name, c in sums.items()},
+                    "columns": {
+                        name: {"forward": _as_json(forward), "backward": _as_json(backward)}
+                        for name, (forward, backward) in counted.items()
+                    },
                     "automatic_plans": automatic_plans(linears, m),
                 }
             )
@@ -435,7 +534,19 @@ def models_table() -> list[dict[str, Any]]:
     for described, names in by_plans.items():
         everywhere = len(names) == len(rows)
         print(f"  {'all of these' if everywhere else ', '.join(names)}: {described}")
-    return rows
+    return rows, problems
+
+
+def _verdicts(model: str, counted: dict[str, tuple[Counts, Counts]]) -> list[str]:
+    """Print whether the limits on launches are kept; returns those that are not."""
+    problems = []
+    for column, (of_forward, of_backward) in LAUNCH_LIMITS.items():
+        found = exceeded(column, *counted[column])
+        limit = f"{column} at most {of_forward} + {len(GROUPS)} seeds / {of_backward}"
+        print(f"{'':19} {limit}: {'kept' if found is None else 'EXCEEDED'}")
+        if found is not None:
+            problems.append(f"{model}, {column}: {found}")
+    return problems
 
 
 def _as_json(counts: Counts) -> dict[str, Any]:
@@ -457,8 +568,10 @@ def lorafusion_table() -> tuple[list[dict[str, Any]], list[str]]:
         f"{'together':>12}{'limit':>9}  by operands / together"
     )
     for name, shape in LORAFUSION.items():
-        fused = count_layer([shape], "fastlora-bf16", "fused", m)
-        peft = count_layer([shape], "peft-bf16", "auto", m)
+        forward, backward = count("fastlora-bf16", "fused", shape, m)
+        fused = forward + backward
+        forward, backward = count("peft-bf16", "auto", shape, m)
+        peft = forward + backward
         kept = fused.operands <= LIMITS[name] * GIB
         verdict = " / ".join(
             "kept" if moved <= LIMITS[name] * GIB else "EXCEEDED"
@@ -492,13 +605,13 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there as well")
     options = parser.parse_args()
-    models = models_table()
+    models, too_many = layers_table()
     print()
-    cases, problems = lorafusion_table()
+    cases, too_much = lorafusion_table()
     if options.json:
         options.json.write_text(json.dumps({"models": models, "lorafusion": cases}, indent=1))
-    if problems:
-        sys.exit("\n".join(problems))
+    if too_many or too_much:
+        sys.exit("\n".join(too_many + too_much))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ def _decoder_layer(
     }
 
 
+# Which linears of a decoder layer share their input.
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+# The inputs of a decoder layer's linears: the one whose in features it has, in the order of GROUPS.
+INPUTS = tuple(names[0] for names in GROUPS)
+
 # The seven linears of one decoder layer.
 MODELS = {
     "Qwen2.5-0.5B": _decoder_layer(896, 896, 128, 4864, qkv_bias=True),

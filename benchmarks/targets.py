@@ -12,7 +12,7 @@ instructions that the design counts on. The exit status is 1 if a kernel is unfi
 AMD's gfx942 must compile, fit its shared memory and do without atomics. Its scratch memory is shown
 and not judged: no tile here was ever timed on one.
 
-It takes 12 minutes of processor time (Triton 3.7), each target in a process of its own. Run it
+It takes 40 minutes of processor time (Triton 3.7), each target in a process of its own. Run it
 without TRITON_INTERPRET: interpreted functions cannot be compiled.
 """
 
@@ -44,7 +44,7 @@ from triton.runtime.jit import JITFunction
 
 from fastlora.kernels import tile_config
 from fastlora.kernels.adapter_grads import adapter_grads, input_pass
-from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.tile_config import DeviceLimits, TileConfig
 
@@ -104,9 +104,20 @@ TARGETS = (
 )
 
 OPERATIONS = ("shrink", "low_rank_gemm", "input_grad", "output_pass", "input_pass")
-TERM = "masked_term"  # of dx alone: in the hybrid plan cuBLAS adds the frozen product to it
-THIN = ("shrink", "output_pass", "input_pass", TERM)  # the others are never fused in fp32
+# The low-rank term of y and of dx alone: in the hybrid plan cuBLAS adds the frozen product to it.
+TERMS = ("low_rank_term", "input_grad_term")
+THIN = ("shrink", "output_pass", "input_pass", *TERMS)  # the others are never fused in fp32
 MASKS = ("none", "bits", "seed")
+
+
+# Out features of projections that share their input, of Qwen3-8B and Qwen2.5-7B; four are the most
+# that one launch takes.
+SIBLINGS = {
+    "q, k, v": (4096, 1024, 1024),
+    "gate, up": (12288, 12288),
+    "four": (3584, 512, 512, 3584),
+}
+GROUPED = ("shrink", "input_grad", "output_pass", "input_pass", "input_grad_term")
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Case:
 
     name: str
     m: int = 8192
-    n: int = 4096
+    ns: tuple[int, ...] = (4096,)  # out features of the siblings
     k: int = 4096
     r: int = 16
     dtype: torch.dtype = torch.bfloat16  # of x, dy and the frozen weight
@@ -123,7 +134,6 @@ class Case:
     rank_dtype: torch.dtype = torch.bfloat16
     operations: tuple[str, ...] = OPERATIONS
     masks: tuple[str, ...] = MASKS
-    siblings: int = 1
     aligned: bool = True  # rows begin at 16 bytes, as the TMA and cp.async need
     config: TileConfig | None = None
 
@@ -133,24 +143,25 @@ class Case:
 
     def each(self, *shape: int, dtype: torch.dtype) -> list[Tensor]:
         """Return one operand for each sibling."""
-        return [self.empty(*shape, dtype=dtype) for _ in range(self.siblings)]
+        return [self.empty(*shape, dtype=dtype) for _ in self.ns]
 
-    def mask(self, kind: str) -> list[Tensor] | None:
+    def mask(self, kind: str) -> list[Tensor] | Tensor | None:
         """Return the dropout masks of the siblings, as the launchers take them."""
         if kind == "none":
             return None
         if kind == "seed":
-            return [torch.zeros((), dtype=torch.int64) for _ in range(self.siblings)]
+            return torch.zeros((), dtype=torch.int64)
         return self.each(self.m, -(-self.k // 8), dtype=torch.uint8)
 
 
 def _shrink(case: Case, kind: str) -> None:
     if kind == "bits":  # it writes them; reading is for the backward pass
         return
+    seed = case.mask(kind)
     shrink(
         case.empty(case.m, case.k),
         case.each(case.r, case.k, dtype=case.adapter),
-        case.mask(kind),
+        seed if isinstance(seed, Tensor) else None,
         THRESHOLD,
         rank_dtype=case.rank_dtype,
         return_bits=kind == "seed",
@@ -161,21 +172,36 @@ def _shrink(case: Case, kind: str) -> None:
 def _low_rank_gemm(case: Case, kind: str) -> None:
     if kind != case.masks[0]:  # the forward GEMM knows no mask: once is enough
         return
+    n = case.ns[0]
     low_rank_gemm(
         case.empty(case.m, case.k),
-        case.empty(case.n, case.k),
-        case.empty(case.n),
+        case.empty(n, case.k),
+        case.empty(n),
         case.empty(case.m, case.r, dtype=case.rank_dtype),
-        case.empty(case.n, case.r, dtype=case.adapter),
+        case.empty(n, case.r, dtype=case.adapter),
         1.5,
         config=case.config,
     )
 
 
+def _low_rank_term(case: Case, kind: str) -> None:
+    if kind != case.masks[0]:  # nor does its term alone
+        return
+    for bias in (None, case.empty(case.ns[0])):
+        low_rank_term(
+            case.empty(case.m, case.r, dtype=case.rank_dtype),
+            case.empty(case.ns[0], case.r, dtype=case.adapter),
+            bias,
+            1.5,
+            dtype=case.dtype,
+            config=case.config,
+        )
+
+
 def _input_grad(case: Case, kind: str) -> None:
     input_grad(
-        case.each(case.m, case.n, dtype=case.dtype),
-        case.each(case.n, case.k, dtype=case.dtype),
+        [case.empty(case.m, n) for n in case.ns],
+        [case.empty(n, case.k) for n in case.ns],
         case.each(case.m, case.r, dtype=case.rank_dtype),
         case.each(case.r, case.k, dtype=case.adapter),
         case.mask(kind),
@@ -185,30 +211,29 @@ def _input_grad(case: Case, kind: str) -> None:
     )
 
 
-def _masked_term(case: Case, kind: str) -> None:
-    if kind != "none":
-        input_grad(
-            [],
-            [],
-            case.each(case.m, case.r, dtype=case.rank_dtype),
-            case.each(case.r, case.k, dtype=case.adapter),
-            case.mask(kind),
-            THRESHOLD,
-            grad_dtype=case.dtype,
-            config=case.config,
-        )
+def _input_grad_term(case: Case, kind: str) -> None:
+    input_grad(
+        [],
+        [],
+        case.each(case.m, case.r, dtype=case.rank_dtype),
+        case.each(case.r, case.k, dtype=case.adapter),
+        case.mask(kind),
+        THRESHOLD,
+        grad_dtype=case.dtype,
+        config=case.config,
+    )
 
 
 def _output_pass(case: Case, kind: str) -> None:
     if kind != case.masks[0]:  # nor does the pass over dy
         return
     adapter_grads(
-        case.empty(case.m, case.n),
+        [case.empty(case.m, n) for n in case.ns],
         None,
-        case.empty(case.m, case.r, dtype=case.rank_dtype),
-        case.empty(case.n, case.r, dtype=case.adapter),
+        case.each(case.m, case.r, dtype=case.rank_dtype),
+        [case.empty(n, case.r, dtype=case.adapter) for n in case.ns],
         None,
-        1.5,
+        [1.5] * len(case.ns),
         rank_dtype=case.rank_dtype,
         grad_dtype=case.adapter,
         output_config=case.config,
@@ -233,14 +258,15 @@ _LAUNCH: Mapping[str, Callable[[Case, str], None]] = {
     "input_grad": _input_grad,
     "output_pass": _output_pass,
     "input_pass": _input_pass,
-    TERM: _masked_term,
+    "low_rank_term": _low_rank_term,
+    "input_grad_term": _input_grad_term,
 }
 
 
 def default_cases() -> Iterator[Case]:
     """Yield what the default tiles must serve."""
     fp32, fp16 = torch.float32, torch.float16
-    all_plans = (*OPERATIONS, TERM)
+    all_plans = (*OPERATIONS, *TERMS)
     for r in (16, 64, 256):
         yield Case(f"bf16 r={r}", r=r, operations=all_plans)
     yield Case("fp16 r=128", r=128, dtype=fp16, adapter=fp16, rank_dtype=fp16, operations=all_plans)
@@ -250,8 +276,19 @@ def default_cases() -> Iterator[Case]:
         yield replace(mixed, name=f"bf16, fp32 adapters, autocast r={r}")
         yield replace(mixed, rank_dtype=fp32)
         yield Case(f"fp32 r={r}", r=r, dtype=fp32, adapter=fp32, rank_dtype=fp32, operations=THIN)
-    yield Case("bf16 r=16 q, k, v", siblings=3, operations=("shrink", "input_grad", "input_pass"))
-    yield Case("bf16 r=16, rows of 4100", n=4100, k=4100, aligned=False)
+    for siblings, ns in SIBLINGS.items():
+        for r in (16, 64, 256):
+            group = Case(f"bf16 r={r} {siblings}", ns=ns, r=r, operations=GROUPED)
+            if r < 256 or len(ns) < 4:
+                yield group
+            mixed = replace(group, name=f"bf16, fp32 adapters r={r} {siblings}", adapter=fp32)
+            if r < 256:  # several accumulators of rank 256 spill in fp32, whatever the tile
+                yield replace(mixed, name=f"bf16, fp32 adapters, autocast r={r} {siblings}")
+                yield replace(mixed, rank_dtype=fp32)
+                thin = tuple(operation for operation in GROUPED if operation in THIN)
+                wide = replace(mixed, name=f"fp32 r={r} {siblings}", operations=thin)
+                yield replace(wide, dtype=fp32, rank_dtype=fp32)
+    yield Case("bf16 r=16, rows of 4100", ns=(4100,), k=4100, aligned=False)
 
 
 def quick_cases(target: Target) -> Iterator[Case]:
@@ -271,9 +308,10 @@ def tuned_cases(folder: Path, target: Target) -> Iterator[Case]:
                 continue
             dtype = getattr(torch, key.dtype)
             yield Case(
-                f"{path.stem} {key.operation} {key.dtype} m={key.m} n={key.n} k={key.k} r={key.r}",
+                f"{path.stem} {key.operation} {key.dtype} m={key.m} n={key.n} k={key.k} r={key.r}"
+                + f" siblings={key.siblings}" * (key.siblings > 1),
                 m=key.m,
-                n=key.n or Case.n,
+                ns=(key.n // key.siblings,) * key.siblings if key.n else Case.ns * key.siblings,
                 k=key.k or Case.k,
                 r=key.r,
                 dtype=dtype,
@@ -394,7 +432,7 @@ def compile_cases(target: Target, cases: Sequence[Case]) -> tuple[list[Report], 
                             if target.is_nvidia and (refused := _launcher_refuses(compiled)):
                                 problems.append(f"{target.name} {name} {kernel}: {refused}")
                             report = _report(target, case, name, kernel, compiled, options)
-                            if operation == TERM:  # without a frozen product there is no pipeline
+                            if operation in TERMS:  # without a frozen product there is no pipeline
                                 report = replace(report, expected=())
                             reports.append(report)
                             problems.extend(report.problems())

@@ -2,8 +2,11 @@
 
 The keep decision of element ``(row, column)`` is a pure function of a 64-bit seed:
 
-    lanes = philox(counter=(row, column // 8, 0, 0), key=(seed_lo, seed_hi))    8 lanes of 16 bits
-    keep  = lanes[column % 8] >= round(p * 65536)
+    lanes = philox(counter=(row, column // 8, stream, 0), key=(seed_lo, seed_hi))
+    keep  = lanes[column % 8] >= round(p * 65536)                       8 lanes of 16 bits
+
+Projections that share their input (q, k, v) share the seed, and each has a stream of its own: its
+number among them. A projection alone has stream 0.
 
 Why a counter and not torch's stream: the backward pass can rebuild the mask from the seed alone, a
 kernel can draw it in registers, and the same seed gives the same bits on every device. Why 16-bit
@@ -74,7 +77,13 @@ def philox_4x32(
 
 
 def keep_mask(
-    seed: Tensor, rows: int, columns: int, dropout_p: float, *, first_row: int = 0
+    seed: Tensor,
+    rows: int,
+    columns: int,
+    dropout_p: float,
+    *,
+    first_row: int = 0,
+    stream: int = 0,
 ) -> Tensor:
     """Return which elements survive dropout: a bool tensor ``[rows, columns]``.
 
@@ -84,12 +93,13 @@ def keep_mask(
         columns: number of columns, any number.
         dropout_p: probability of dropping, in ``[0, 1)``, rounded to multiples of 1/65536.
         first_row: the row of the whole mask at which this part begins.
+        stream: number of the mask among the independent ones of this seed, in ``[0, 2**32)``.
     """
     blocks = -(-columns // LANES)
     row = torch.arange(first_row, first_row + rows, device=seed.device).view(-1, 1)
     block = torch.arange(blocks, device=seed.device).view(1, -1)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
-    words = philox_4x32((row, block, zero, zero), (seed & _UINT32, (seed >> 32) & _UINT32))
+    words = philox_4x32((row, block, zero + stream, zero), (seed & _UINT32, (seed >> 32) & _UINT32))
     lanes = torch.stack([word.to(torch.int32) for word in words], dim=-1).view(torch.int16)
     # int16 compares as signed: flipping the sign bit turns the order of unsigned lanes into it.
     keep = (lanes ^ -(LEVELS // 2)) >= threshold(dropout_p) - LEVELS // 2
@@ -119,7 +129,7 @@ def unpack(bits: Tensor, columns: int) -> Tensor:
     return keep.view(bits.shape[0], bits.shape[1] * LANES)[:, :columns]
 
 
-def keep_rows(mask: Tensor, rows: slice, columns: int, dropout_p: float) -> Tensor:
+def keep_rows(mask: Tensor, rows: slice, columns: int, dropout_p: float, stream: int = 0) -> Tensor:
     """Return some rows of a keep mask that was saved as packed bits or as the seed that draws it.
 
     Args:
@@ -127,10 +137,12 @@ def keep_rows(mask: Tensor, rows: slice, columns: int, dropout_p: float) -> Tens
         rows: the rows wanted, ``slice(first, end)``.
         columns: number of columns.
         dropout_p: the probability to read a seed with; bits do not need it.
+        stream: which of a seed's masks; bits hold one alone.
 
     Returns:
         bool ``[end - first, columns]``.
     """
     if mask.dtype == torch.uint8:
         return unpack(mask[rows], columns)
-    return keep_mask(mask, rows.stop - rows.start, columns, dropout_p, first_row=rows.start)
+    count = rows.stop - rows.start
+    return keep_mask(mask, count, columns, dropout_p, first_row=rows.start, stream=stream)

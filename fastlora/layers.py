@@ -1,10 +1,9 @@
-"""``LoRALinear``: peft's LoRA ``Linear`` with a fused forward, and the rules of when it is taken.
+"""``LoRALinear``: peft's LoRA ``Linear`` with a fused forward.
 
 The class adds no parameter, buffer or submodule and changes nothing but ``forward``, so a layer
 becomes one by ``layer.__class__ = LoRALinear`` and everything else that peft does with it (saving,
 merging, switching adapters, ...) is peft's own code. Whatever is not the plain case is handed to
-peft's ``forward``; the decision is made at every call, because device, dtype, autocast and the
-state of the adapters all change after ``patch``.
+peft's ``forward``, by the rules in ``rules.py``.
 """
 
 from __future__ import annotations
@@ -16,18 +15,10 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
 
-from fastlora.functional import FLOAT_DTYPES, DropoutMask, apply_lora_linear
+from fastlora import rules
+from fastlora.functional import DropoutMask, apply_lora_linear
 
-# Keyword arguments that peft's hooks pass to every layer; None means that nothing was asked for.
-_PEFT_ARGUMENTS = frozenset(("adapter_names", "alora_offsets"))
-# torch calls these four on every module; reading a weight instead of calling its module skips them.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# peft's hotswap to another rank leaves a bare Tensor where the Parameter was.
-_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
-_DEVICES = frozenset(("cpu", "cuda"))
 FUSED = "fused"  # what is recorded of a call that did not go to peft
 
 
@@ -45,6 +36,8 @@ class LoRALinear(PeftLinear):
     fastlora_dropout_mask: DropoutMask = "bits"
     fastlora_takes_adapter_files: bool = False
     fastlora_last_call: str | None = None  # FUSED, or why it went to peft; None before the first
+    fastlora_operands: rules.Operands | None = None  # what the rules found at the last call
+    fastlora_group: Any = None  # the siblings.SiblingGroup that it is in
 
     @classmethod
     def from_linear(
@@ -102,25 +95,31 @@ class LoRALinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``x [..., K]`` to ``[..., N]``, fused, or by peft where a rule says so."""
-        reason = _tracing_reason() or state_reason(self) or call_reason(self, x, args, kwargs)
-        if not torch.compiler.is_compiling():
-            self.__dict__["fastlora_last_call"] = reason or FUSED  # what explain() reports
-        if reason is not None:
+        own = self.__dict__
+        compiling = torch.compiler.is_compiling()
+        reason = rules.argument_reason(args, kwargs) if args or kwargs else None
+        group = None if compiling or reason is not None else own.get("fastlora_group")
+        if group is not None and own.get("fastlora_last_call", FUSED) == FUSED:
+            y: Tensor | None = group.output_of(self, x)
+            if y is not None:
+                own["fastlora_last_call"] = FUSED
+                return y
+            group = None
+        found = rules.operands_now(self) if compiling else rules.operands(self)
+        if reason is None:
+            reason = rules.tracing_reason() or (
+                found if isinstance(found, str) else rules.input_reason(found, x)
+            )
+        if not compiling:
+            own["fastlora_last_call"] = reason or FUSED  # what explain() reports
+        if reason is not None or isinstance(found, str):
             return super().forward(x, *args, **kwargs)
-        adapter = _active_adapters(self)[0]
-        dropout = self.lora_dropout[adapter]
-        base = self.base_layer
-        return apply_lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
-            dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
-            None,
-            self.fastlora_dropout_mask,
-        )
+        # After a call that went to peft the own rules come first: they are the likelier to say no.
+        if group is not None and (y := group.output_of(self, x)) is not None:
+            return y
+        scalings, mask = found.scalings(self), self.fastlora_dropout_mask
+        y = apply_lora_linear(x, *found.arguments(scalings), found.dropout_p(), None, mask)
+        return found.finish(y, scalings)
 
     def _get_name(self) -> str:
         # peft's repr, get_layer_status() and get_model_status() report the class by this name.
@@ -137,189 +136,3 @@ class LoRALinear(PeftLinear):
                 if (key := f"{prefix}{part}.weight") in state_dict:
                     state_dict[f"{prefix}{part}.{adapter}.weight"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _active_adapters(layer: PeftLinear) -> list[str]:
-    """The active adapters that this layer has; the model may have others active elsewhere."""
-    return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def state_reason(layer: PeftLinear, *, between_calls: bool = False) -> str | None:
-    """Return why the layer, as it stands, is left to peft, or ``None`` if it is fused.
-
-    Args:
-        layer: a LoRA linear, patched or not.
-        between_calls: accept sharded weights, which FSDP2 makes whole before it calls the layer.
-    """
-    if layer._disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged_adapters:
-        return f"its adapters are merged into the base weight: {', '.join(layer.merged_adapters)}"
-    active = _active_adapters(layer)
-    if len(active) != 1:
-        if not active:
-            return "none of its adapters is active"
-        return f"{len(active)} adapters are active at once: {', '.join(active)}"
-    return (
-        _replaced_forward_reason(layer)
-        or _adapter_reason(layer, active[0], between_calls)
-        or _base_reason(layer.base_layer, between_calls)
-        or _weights_reason(layer, active[0])
-        or _global_hooks_reason()
-    )
-
-
-def is_sharded(layer: PeftLinear) -> bool:
-    """Return whether a weight of the layer is a DTensor, as it stands."""
-    return any(map(_is_dtensor, layer.parameters()))
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    # By name: importing torch.distributed.tensor takes a second that most users need not spend.
-    return type(tensor).__name__ == "DTensor"
-
-
-def _replaced_forward_reason(layer: PeftLinear) -> str | None:
-    if "forward" not in layer.__dict__:
-        return None
-    # accelerate keeps the forward that it wraps, and puts it back on the instance when its hook is
-    # removed; hooked after patch(), that is the fused one.
-    wrapped = layer.__dict__.get("_old_forward", layer.__dict__["forward"])
-    if getattr(wrapped, "__func__", None) is LoRALinear.forward:
-        return None
-    return "its forward was replaced on the instance before it was patched"
-
-
-def _adapter_reason(layer: PeftLinear, adapter: str, between_calls: bool) -> str | None:
-    if adapter in layer.lora_variant:
-        return f"the adapter is a LoRA variant: {type(layer.lora_variant[adapter]).__name__}"
-    if layer.fan_in_fan_out:
-        return "the base weight is stored transposed (fan_in_fan_out)"
-    if not layer.cast_input_dtype_enabled:
-        return "peft's input cast is switched off (cast_input_dtype_enabled = False)"
-    scaling = layer.scaling[adapter]
-    if not isinstance(scaling, (int, float)):
-        return f"scaling is a {type(scaling).__name__}, not a number (compiled hotswap)"
-    for name in ("lora_A", "lora_B"):
-        module = getattr(layer, name)[adapter]
-        if reason := _plain_linear_reason(module, between_calls):
-            return f"{name} {reason}"
-        if module.bias is not None:
-            return f"{name} has a bias (lora_bias)"
-    dropout = layer.lora_dropout[adapter]
-    if type(dropout) not in (nn.Identity, nn.Dropout):
-        return f"lora_dropout is a {type(dropout).__name__}, not an nn.Dropout"
-    if any(getattr(dropout, hooks) for hooks in _HOOKS):
-        return "lora_dropout has hooks"
-    if type(dropout) is nn.Dropout and dropout.p >= 1.0:
-        return f"lora_dropout is {dropout.p}: it drops everything"
-    return None
-
-
-def _base_reason(base: nn.Module, between_calls: bool) -> str | None:
-    if reason := _plain_linear_reason(base, between_calls):
-        return f"the base layer {reason}"
-    if base.weight.requires_grad:
-        return "the base weight is trained (requires_grad)"
-    return None
-
-
-def _plain_linear_reason(module: nn.Module, between_calls: bool) -> str | None:
-    """Return why reading the module's weight would differ from calling it, or ``None``."""
-    if type(module) is not nn.Linear:
-        return f"is a {type(module).__name__}, not an nn.Linear"
-    if "_hf_hook" in module.__dict__:
-        return "is managed by an accelerate hook (offloading)"
-    if "forward" in module.__dict__:
-        return "had its forward replaced"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        return "has hooks"
-    weight = module._parameters.get("weight")
-    if weight is None and "_is_replica" in module.__dict__:
-        weight = module.__dict__.get("weight")  # nn.DataParallel's copies hold plain tensors
-    if weight is None:
-        return "computes its weight (parametrization, weight norm or flattened parameters)"
-    for name, tensor in (("weight", weight), ("bias", module.bias)):
-        plain = tensor is None or type(tensor) in _PLAIN_TENSORS
-        if not plain and not (between_calls and _is_dtensor(tensor)):
-            return f"has a {name} of type {type(tensor).__name__}"
-    if hasattr(weight, "ds_id"):
-        return "has a weight that DeepSpeed ZeRO-3 gathers"
-    if weight.is_meta:
-        return "is on the meta device"
-    return None
-
-
-def _weights_reason(layer: PeftLinear, adapter: str) -> str | None:
-    base, a, b = layer.base_layer.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    if (
-        a.dim() != 2
-        or base.dim() != 2
-        or (b.shape, a.shape[1]) != ((base.shape[0], a.shape[0]), base.shape[1])
-    ):
-        shapes = ", ".join(str(tuple(weight.shape)) for weight in (base, a, b))
-        return f"weight, lora_A and lora_B do not fit together: {shapes}"
-    if a.dtype != b.dtype:
-        return f"lora_A is {a.dtype}, but lora_B is {b.dtype}"
-    if base.numel() == 0:
-        return f"the base weight has no elements: {tuple(base.shape)}"
-    if base.dtype not in FLOAT_DTYPES or a.dtype not in FLOAT_DTYPES:
-        return f"the weights are {base.dtype} and {a.dtype}"
-    bias = layer.base_layer.bias
-    if bias is not None and bias.dtype != base.dtype:
-        return f"the base weight is {base.dtype}, but its bias is {bias.dtype}"
-    for other in (a, b) if bias is None else (a, b, bias):
-        if other.device != base.device:
-            return f"the base weight is on {base.device}, but another part is on {other.device}"
-    if base.device.type not in _DEVICES:
-        return f"fastlora has no implementation for {base.device.type}"
-    return None
-
-
-def _global_hooks_reason() -> str | None:
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        return "hooks are registered on all modules"
-    return None
-
-
-def call_reason(
-    layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
-    """Return why this call of a layer that could be fused is left to peft, or ``None``."""
-    if args:
-        return f"it was called with {len(args)} more positional arguments"
-    for name, value in kwargs.items():
-        if value is not None or name not in _PEFT_ARGUMENTS:
-            return f"it was called with {name}="
-    if type(x) not in _PLAIN_TENSORS:
-        return f"the input is a {type(x).__name__}"
-    weight = layer.base_layer.weight
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return (
-            f"the input has shape {tuple(x.shape)}, but the layer takes {weight.shape[1]} features"
-        )
-    if x.device != weight.device:
-        return f"the input is on {x.device}, but the weight is on {weight.device}"
-    if torch.is_autocast_enabled(x.device.type):
-        adapter = layer.lora_A[_active_adapters(layer)[0]].weight
-        dtypes = (x.dtype, weight.dtype, adapter.dtype)
-        if torch.float64 in dtypes or x.dtype not in FLOAT_DTYPES:
-            return "autocast is on, but input, weight and adapter are {}, {}, {}".format(*dtypes)
-    elif x.dtype != weight.dtype:
-        return f"the input is {x.dtype}, but the weight is {weight.dtype}, and autocast is off"
-    return None
-
-
-def _tracing_reason() -> str | None:
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
-        return "the model is being exported or traced"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return None

@@ -6,6 +6,10 @@ The operators have no autograd formula: the backward pass is two of them, called
 ``autograd.Function`` in ``functional.py`` (27-32 us a call against 76-97 us for
 ``torch.library.custom_op`` with ``register_autograd``, torch 2.13, CPU).
 
+They work on *siblings*: linears that read the same ``x``, whose adapters have the same rank and
+dropout. A single linear is a group of one. Everything is a matrix: leading dimensions are flattened
+by the caller.
+
 Nothing here reads a tensor back, and the launches go to the device of the operands, whichever
 device is current.
 """
@@ -13,7 +17,7 @@ device is current.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -26,21 +30,21 @@ from fastlora.kernels.tile_config import has_aligned_rows
 
 _SCHEMAS = {
     "shrink": (
-        "(Tensor x, Tensor lora_a, Tensor? seed, float dropout_p, bool return_bits, *, "
-        "ScalarType rank_dtype) -> (Tensor h, Tensor bits)"
+        "(Tensor x, Tensor[] lora_as, Tensor? seed, float dropout_p, bool return_bits, *, "
+        "ScalarType rank_dtype) -> (Tensor[] hs, Tensor[] bits)"
     ),
     "low_rank_gemm": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor lora_b, float gain, *, "
         "ScalarType dtype) -> Tensor"
     ),
     "adapter_grads": (
-        "(Tensor dy, Tensor? x, Tensor? h, Tensor lora_b, Tensor? mask, float gain, "
+        "(Tensor[] dys, Tensor? x, Tensor[] hs, Tensor[] lora_bs, Tensor[] masks, float[] gains, "
         "float dropout_p, *, bool need_dh=True, ScalarType rank_dtype, ScalarType grad_dtype) "
-        "-> (Tensor dh, Tensor da, Tensor db)"
+        "-> (Tensor[] dhs, Tensor[] das, Tensor[] dbs)"
     ),
     "input_grad": (
-        "(Tensor dy, Tensor weight, Tensor dh, Tensor lora_a, Tensor? mask, float dropout_p, *, "
-        "ScalarType dtype, ScalarType grad_dtype) -> Tensor"
+        "(Tensor[] dys, Tensor[] weights, Tensor[] dhs, Tensor[] lora_as, Tensor[] masks, "
+        "float dropout_p, *, ScalarType dtype, ScalarType grad_dtype) -> Tensor"
     ),
 }
 
@@ -49,12 +53,13 @@ _SCHEMAS = {
 def _launchers() -> SimpleNamespace:
     """Import the kernels, and triton with them, when the first of them is launched."""
     from fastlora.kernels.adapter_grads import adapter_grads
-    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
     from fastlora.kernels.shrink import shrink
 
     return SimpleNamespace(
         shrink=shrink,
         low_rank_gemm=low_rank_gemm,
+        low_rank_term=low_rank_term,
         adapter_grads=adapter_grads,
         input_grad=input_grad,
     )
@@ -75,14 +80,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _like(rows: Tensor, tensor: Tensor) -> Tensor:
-    """Give rows ``[M, last]`` the leading dimensions of a tensor."""
-    if tensor.dim() == 2:
-        return rows
-    # Not view(): autograd refuses to change a view that a Function made in place (y.add_(...)).
-    return torch.ops.aten._unsafe_view.default(rows, (*tensor.shape[:-1], rows.shape[1]))
-
-
 def _aligned(row_bytes: int, *matrices: Tensor) -> bool:
     """Return whether a fused GEMM can move whole vectors (and tiles by TMA); cuBLAS takes the rest.
 
@@ -93,31 +90,47 @@ def _aligned(row_bytes: int, *matrices: Tensor) -> bool:
     return row_bytes % 16 == 0 and all(map(has_aligned_rows, matrices))
 
 
+def _kernel_mask(masks: Sequence[Tensor]) -> Sequence[Tensor] | Tensor | None:
+    """Return the masks as launchers take them: bits for each sibling, one seed, or nothing."""
+    if not masks:
+        return None
+    return masks if masks[0].dtype == torch.uint8 else masks[0]
+
+
 def _shrink(
     x: Tensor,
-    lora_a: Tensor,
+    lora_as: Sequence[Tensor],
     seed: Tensor | None,
     dropout_p: float,
     return_bits: bool,
     *,
     rank_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    rank, k = lora_a.shape
-    m = x.numel() // k
-    plan = plans.plan_for("shrink", x.device, rank_dtype, m, 0, k, rank, masked=seed is not None)
+) -> tuple[list[Tensor], list[Tensor]]:
+    m, k = x.shape
+    plan = plans.plan_for(
+        "shrink",
+        x.device,
+        rank_dtype,
+        m,
+        0,
+        k,
+        lora_as[0].shape[0],
+        masked=seed is not None,
+        siblings=len(lora_as),
+    )
     if plan == plans.PLAIN:
-        return plain.shrink(x, lora_a, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
+        return plain.shrink(x, lora_as, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
 
     with _on(x.device):
-        (h,), bits = _launchers().shrink(
-            plain.rows(x),
-            [lora_a],
-            None if seed is None else [seed],
+        hs, bits = _launchers().shrink(
+            x,
+            lora_as,
+            seed,
             dropout.threshold(dropout_p),
             rank_dtype=rank_dtype,
             return_bits=return_bits,
         )
-    return _like(h, x), _like(bits[0], x) if bits else None
+    return hs, bits
 
 
 def _low_rank_gemm(
@@ -129,36 +142,30 @@ def _low_rank_gemm(
     gain: float,
     *,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    n, k = weight.shape
-    rows, rank = plain.rows(x), lora_b.shape[1]
-    plan = plans.plan_for(
-        "low_rank_gemm",
-        x.device,
-        _gemm_dtype(dtype, h),
-        rows.shape[0],
-        n,
-        k,
-        rank,
-    )
-    fused = plan == plans.FUSED and _LEAST_GAIN < abs(gain) < 1 / _LEAST_GAIN
-    if fused:
-        rows, weight = _cast(rows, dtype), _cast(weight, dtype)
-    if not fused or not _aligned(n * dtype.itemsize, rows, weight):
-        # cuBLAS and an in-place addmm_: the hybrid plan is the plain code here.
-        return plain.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype)
+    (n, k), rank = weight.shape, lora_b.shape[1]
+    plan = plans.plan_for("low_rank_gemm", x.device, _gemm_dtype(dtype, h), x.shape[0], n, k, rank)
+    if plan == plans.PLAIN:
+        return plain.low_rank_gemm(x, weight, bias, h, lora_b, gain, dtype=dtype, out=out)
 
+    x, weight = _cast(x, dtype), _cast(weight, dtype)
+    if bias is not None:
+        bias = bias.contiguous()
     with _on(x.device):
-        y = _launchers().low_rank_gemm(
-            rows,
-            weight,
-            None if bias is None else bias.contiguous(),
-            plain.rows(h),
-            lora_b,
-            gain,
-            aligned=True,
-        )
-    return _like(y, x)
+        if (
+            plan == plans.FUSED
+            and _LEAST_GAIN < abs(gain) < 1 / _LEAST_GAIN
+            and _aligned(n * dtype.itemsize, x, weight)
+        ):
+            return _launchers().low_rank_gemm(
+                x, weight, bias, h, lora_b, gain, aligned=True, out=out
+            )
+        # The low-rank term is written first, so that cuBLAS adds the large product to it in fp32,
+        # and no cast copy of B is made.
+        y: Tensor = _launchers().low_rank_term(h, lora_b, bias, gain, dtype=dtype, out=out)
+        (y if y.dim() == 2 else y.view(-1, n)).addmm_(x, weight.t())
+        return y
 
 
 # The fused kernel divides its accumulator by the gain and multiplies it again. Within these bounds
@@ -172,127 +179,129 @@ def _gemm_dtype(dtype: torch.dtype, h: Tensor) -> torch.dtype:
 
 
 def _adapter_grads(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    h: Tensor | None,
-    lora_b: Tensor,
-    mask: Tensor | None,
-    gain: float,
+    hs: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    gains: Sequence[float],
     dropout_p: float,
     *,
     need_dh: bool = True,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    n, rank = lora_b.shape
-    m, k = dy.numel() // n, 0 if x is None else x.shape[-1]
-    masked = mask is not None
-    plan = plans.plan_for("adapter_grads", dy.device, rank_dtype, m, n, k, rank, masked=masked)
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    first = dys[0]
+    plan = plans.plan_for(
+        "adapter_grads",
+        first.device,
+        rank_dtype,
+        first.shape[0],
+        _sum_of_rows(lora_bs),
+        0 if x is None else x.shape[1],
+        lora_bs[0].shape[1],
+        masked=bool(masks),
+        siblings=len(dys),
+    )
     if plan == plans.PLAIN:
         return plain.adapter_grads(
-            dy,
+            dys,
             x,
-            h,
-            lora_b,
-            mask,
-            gain,
+            hs,
+            lora_bs,
+            masks,
+            gains,
             dropout_p,
             need_dh=need_dh,
             rank_dtype=rank_dtype,
             grad_dtype=grad_dtype,
         )
 
-    with _on(dy.device):
-        dh, da, db = _launchers().adapter_grads(
-            plain.rows(dy),
-            None if x is None else plain.rows(x),
-            None if h is None else plain.rows(h),
-            lora_b,
-            None if mask is None else plain.mask_rows(mask),
-            gain,
+    with _on(first.device):
+        dhs, das, dbs = _launchers().adapter_grads(
+            dys,
+            x,
+            hs or None,
+            lora_bs,
+            _kernel_mask(masks),
+            gains,
             dropout.threshold(dropout_p),
             need_dh=need_dh,
             rank_dtype=rank_dtype,
             grad_dtype=grad_dtype,
         )
-    return _like(dh, dy) if need_dh else dh, da, db
+    return dhs, das or [], dbs or []
+
+
+def _sum_of_rows(matrices: Sequence[Tensor]) -> int:
+    """Return the out features of a group: what plans and tiles are looked up by."""
+    if len(matrices) == 1:
+        return matrices[0].shape[0]
+    return sum(matrix.shape[0] for matrix in matrices)
 
 
 def _input_grad(
-    dy: Tensor,
-    weight: Tensor,
-    dh: Tensor,
-    lora_a: Tensor,
-    mask: Tensor | None,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    masks: Sequence[Tensor],
     dropout_p: float,
     *,
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    n, k = weight.shape
-    rows, rank = plain.rows(dy), lora_a.shape[0]
+    m, (rank, k) = dys[0].shape[0], lora_as[0].shape
+    device = dys[0].device
     plan = plans.plan_for(
         "input_grad",
-        dy.device,
-        _gemm_dtype(dtype, dh),
-        rows.shape[0],
-        n,
+        device,
+        _gemm_dtype(dtype, dhs[0]),
+        m,
+        _sum_of_rows(weights),
         k,
         rank,
-        masked=mask is not None,
+        masked=bool(masks),
+        siblings=len(dys),
     )
-    if plan == plans.FUSED:
-        rows, weight = _cast(rows, dtype), _cast(weight, dtype)
-        if not _aligned(k * grad_dtype.itemsize, rows, weight):
-            plan = plans.HYBRID
-    if plan == plans.PLAIN or (plan == plans.HYBRID and mask is None):
+    if plan == plans.PLAIN:
         return plain.input_grad(
-            dy, weight, dh, lora_a, mask, dropout_p, dtype=dtype, grad_dtype=grad_dtype
+            dys,
+            weights,
+            dhs,
+            lora_as,
+            masks,
+            dropout_p,
+            dtype=dtype,
+            grad_dtype=grad_dtype,
+            out=out,
         )
 
-    fused = plan == plans.FUSED
-    rows, weight = _cast(rows, dtype), _cast(weight, dtype)
-    with _on(dy.device):
-        dx = _launchers().input_grad(
-            [rows] if fused else [],
-            [weight] if fused else [],
-            [plain.rows(dh)],
-            [lora_a],
-            None if mask is None else [plain.mask_rows(mask)],
+    dys = [_cast(dy, dtype) for dy in dys]
+    weights = [_cast(weight, dtype) for weight in weights]
+    fused = plan == plans.FUSED and _aligned(k * grad_dtype.itemsize, *dys, *weights)
+    with _on(device):
+        dx: Tensor = _launchers().input_grad(
+            dys if fused else [],
+            weights if fused else [],
+            dhs,
+            lora_as,
+            _kernel_mask(masks),
             dropout.threshold(dropout_p),
             grad_dtype=grad_dtype,
             aligned=True if fused else None,
+            out=out,
         )
     if not fused:
-        # The masked term was written first, so that cuBLAS adds the large product to it in fp32.
-        if grad_dtype == dtype:
-            dx.addmm_(rows, weight)
-        else:
-            dx += rows @ weight
-    return _like(dx, dy)
-
-
-def _whole_shrink(
-    x: Tensor, lora_a: Tensor, *args: Any, rank_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``_shrink`` as an operator, which returns a tensor for everything."""
-    h, bits = _shrink(x, lora_a, *args, rank_dtype=rank_dtype)
-    if bits is None:
-        bits = x.new_empty((0, -(-x.shape[-1] // dropout.LANES)), dtype=torch.uint8)
-    return h, bits
-
-
-def _whole_adapter_grads(
-    dy: Tensor, x: Tensor | None, h: Tensor | None, lora_b: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``_adapter_grads`` as an operator, which returns a tensor for everything."""
-    dh, da, db = _adapter_grads(dy, x, h, lora_b, *args, **kwargs)
-    dtype, rank = kwargs["grad_dtype"], lora_b.shape[1]
-    return (
-        dh,
-        dy.new_empty((0, 0), dtype=dtype) if da is None else da,
-        dy.new_empty((0, rank), dtype=dtype) if db is None else db,
-    )
+        # As in the forward pass: the low-rank terms first, of all siblings at once.
+        rows = dx if dx.dim() == 2 else dx.view(-1, k)
+        for dy, weight in zip(dys, weights, strict=True):
+            if grad_dtype == dtype:
+                rows.addmm_(dy, weight)
+            else:
+                rows += dy @ weight
+    return dx
 
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
@@ -307,9 +316,9 @@ def _register(
     return getattr(torch.ops.fastlora, name).default
 
 
-shrink = _register("shrink", _whole_shrink, plain.shrink_outputs)
+shrink = _register("shrink", _shrink, plain.shrink_outputs)
 low_rank_gemm = _register("low_rank_gemm", _low_rank_gemm, plain.low_rank_gemm_output)
-adapter_grads = _register("adapter_grads", _whole_adapter_grads, plain.adapter_grads_outputs)
+adapter_grads = _register("adapter_grads", _adapter_grads, plain.adapter_grads_outputs)
 input_grad = _register("input_grad", _input_grad, plain.input_grad_output)
 
 DISPATCHED = SimpleNamespace(

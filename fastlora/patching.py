@@ -8,9 +8,12 @@ fused too. Nothing global changes: other models, and other libraries, never noti
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +25,17 @@ from torch import nn
 
 from fastlora import plans
 from fastlora.functional import DROPOUT_MASKS, DropoutMask
-from fastlora.layers import FUSED, LoRALinear, is_sharded, state_reason
+from fastlora.layers import FUSED, LoRALinear
+from fastlora.rules import is_sharded, state_reason
+from fastlora.siblings import (
+    group_children,
+    group_siblings,
+    groups_of,
+    possible_groups,
+    ungroup_siblings,
+)
 
-_NAMES_SHOWN = 3  # of each group of layers in a report, so that it fits on one screen
+_NAMES_SHOWN = 8  # for each reason in a report, abridged, so that it fits on one screen
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,9 @@ class PatchReport:
             are asked again at every call.
         untouched: name and reason of each LoRA layer of another class, which ``patch`` leaves
             alone.
+        groups: the fused or sharded layers that share their input and are computed together (q, k
+            and v; gate and up).
+        apart: names and reason of each group that could be one, but whose members differ.
         sharded: names of the patched layers whose weights FSDP2 shards between calls: whether they
             are fused is only known when they are called.
         unpatched: names of the LoRA linears that ``patch`` has not been called on.
@@ -48,6 +62,8 @@ class PatchReport:
     fused: tuple[str, ...] = ()
     fallback: Mapping[str, str] = field(default_factory=dict)
     untouched: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[tuple[str, ...], ...] = ()
+    apart: Mapping[tuple[str, ...], str] = field(default_factory=dict)
     sharded: tuple[str, ...] = ()
     unpatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -57,15 +73,17 @@ class PatchReport:
         return self.text(_NAMES_SHOWN)
 
     def text(self, names_shown: int | None = None) -> str:
-        """Return the report with that many layer names for each reason, by default with all."""
+        """Return the report with that many abridged names for each reason, by default in full."""
         linears = sum(map(len, (self.fused, self.fallback, self.sharded, self.unpatched)))
         if not linears and not self.untouched:
             return (
                 f"{self.model} has no LoRA layers: fastlora fuses what peft.get_peft_model (or "
                 "model.add_adapter) has put there, so call it first"
             )
+        in_groups = f" in {len(self.groups)} groups" if self.groups else ""
         lines = [
-            f"fused {len(self.fused)} of {linears} LoRA linears; {len(self.fallback)} fall back"
+            f"fused {len(self.fused)} of {linears} LoRA linears{in_groups}; "
+            f"{len(self.fallback)} fall back"
         ]
         if self.sharded:
             lines[0] += f"; {len(self.sharded)} sharded, decided when they are called"
@@ -73,6 +91,7 @@ class PatchReport:
             lines[0] += f"; {len(self.unpatched)} not patched"
         for title, layers in (
             ("falls back to peft", self.fallback),
+            ("fused one by one", {_joined(names): why for names, why in self.apart.items()}),
             ("left alone", self.untouched),
             (
                 "not patched",
@@ -88,9 +107,51 @@ def _by_reason(layers: Mapping[str, str], names_shown: int | None) -> Iterator[s
     for name, reason in layers.items():
         names_of.setdefault(reason, []).append(name)
     for reason, names in sorted(names_of.items(), key=lambda item: -len(item[1])):
-        shown = names[:names_shown]
-        more = f", and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-        yield f"{reason} ({', '.join(shown)}{more})"
+        listed = names if names_shown is None else _abridged(names)
+        shown = listed[:names_shown]
+        more = f", and {len(listed) - len(shown)} more" if len(listed) > len(shown) else ""
+        count = f"{len(names)} layers: " if len(names) > len(listed) else ""
+        yield f"{reason} ({count}{', '.join(shown)}{more})"
+
+
+def _abridged(names: Iterable[str]) -> list[str]:
+    """Name every layer in few words: ``layers.0-27.mlp.(gate_proj, up_proj)`` are 56 of them."""
+    # First the last words of what is otherwise one name, then the numbers.
+    last_words: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        last_words.setdefault(parent, []).append(last)
+    numbers: dict[tuple[str, ...], list[list[str]]] = {}
+    for parent, lasts in last_words.items():
+        name = _joined([f"{parent}.{last}" if parent else last for last in lasts])
+        numbers.setdefault(tuple(_NUMBER.split(name)), []).append(_NUMBER.findall(name))
+    abridged = []
+    for words, found in numbers.items():
+        columns = [list(dict.fromkeys(column)) for column in zip(*found, strict=True)]
+        if math.prod(map(len, columns)) == len(found):
+            found = [list(map(_range, columns))]
+        # Else some combination of the numbers is missing.
+        abridged += ["".join(chain(*zip_longest(words, each, fillvalue=""))) for each in found]
+    return abridged
+
+
+def _joined(siblings: Sequence[str]) -> str:
+    """Name the children of one module at once: ``mlp.(gate_proj, up_proj)``."""
+    if len(siblings) == 1:
+        return siblings[0]
+    parent, dot, _ = siblings[0].rpartition(".")
+    return f"{parent}{dot}({', '.join(name.rpartition('.')[2] for name in siblings)})"
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
+
+
+def _range(numbers: list[str]) -> str:
+    """Write consecutive numbers as ``0-27``, others one by one."""
+    first = int(numbers[0])
+    if len(numbers) > 2 and numbers == [str(first + n) for n in range(len(numbers))]:
+        return f"{first}-{numbers[-1]}"
+    return ",".join(numbers)
 
 
 def patch(
@@ -142,6 +203,7 @@ def patch(
             module.__class__ = FastLoraModel
         if isinstance(module, (LoRALinear, FastLoraModel)):
             module.__dict__["fastlora_dropout_mask"] = dropout_mask
+    group_siblings(model)
     for device in _devices(model):
         # Here and not at the first call, which may come while a CUDA graph is captured.
         if device.type == "cuda" and plans.unsupported_reason(device) is None:
@@ -163,6 +225,7 @@ def unpatch(model: nn.Module) -> None:
         UserWarning: a layer was wrapped by itself after ``patch`` (``fully_shard(layer)``): its
             class cannot be changed back, and it stays fused.
     """
+    ungroup_siblings(model)
     for module in model.modules():
         if isinstance(module, LoRALinear) and type(module) is not LoRALinear:
             warnings.warn(
@@ -179,7 +242,7 @@ def unpatch(model: nn.Module) -> None:
             module.__class__ = LoraModel
         else:
             continue
-        for name in ("fastlora_dropout_mask", "fastlora_last_call"):
+        for name in ("fastlora_dropout_mask", "fastlora_last_call", "fastlora_operands"):
             module.__dict__.pop(name, None)
 
 
@@ -245,15 +308,42 @@ def _report(model: nn.Module, as_if_patched: bool = False) -> PatchReport:
             f"LoRA layers added to this {type(model).__name__} later run as peft "
             "until the next patch"
         )
+    if fused and not as_if_patched and any(map(_lacks_groups, model.modules())):
+        notes.append("siblings (q, k and v, ...) are computed one by one until the next patch")
+    groups, apart = _groups(model, {*fused, *sharded})
     return PatchReport(
         model=type(model).__name__,
         fused=tuple(fused),
+        groups=groups,
+        apart=apart,
         fallback=fallback,
         untouched=untouched,
         sharded=tuple(sharded),
         unpatched=tuple(unpatched),
         notes=tuple(notes),
     )
+
+
+def _lacks_groups(module: nn.Module) -> bool:
+    return "fastlora_groups" not in module.__dict__ and bool(possible_groups(module))
+
+
+def _groups(
+    model: nn.Module, computed: set[str]
+) -> tuple[tuple[tuple[str, ...], ...], dict[tuple[str, ...], str]]:
+    """Return the groups of the layers that are fused, and those that are not, with the reason."""
+    groups: list[tuple[str, ...]] = []
+    apart: dict[tuple[str, ...], str] = {}
+    for prefix, parent, group in groups_of(model):
+        names = tuple(f"{prefix}.{name}" if prefix else name for name in group.names)
+        # Each member that falls back says so itself.
+        if not computed.issuperset(names):
+            continue
+        if reason := group.difference(parent):
+            apart[names] = reason
+        else:
+            groups.append(names)
+    return tuple(groups), apart
 
 
 def _is_fsdp_unit(module: nn.Module) -> bool:
@@ -281,6 +371,7 @@ class FastLoraModel(LoraModel):
         if type(layer) is PeftLinear:
             layer.__class__ = LoRALinear
             layer.__dict__["fastlora_dropout_mask"] = self.fastlora_dropout_mask
+            group_children(parent)
 
 
 FastLoraModel.__name__ = "LoraModel"  # get_model_status() reports it; pickle goes by __qualname__
@@ -320,8 +411,9 @@ def enable_for(config: ConfigT) -> ConfigT:
 
     For APIs that take a config and build the peft model themselves, such as TRL's
     ``SFTTrainer(peft_config=...)``. Only plain ``nn.Linear`` base layers with ordinary weights are
-    taken over; everything else is built by peft. The mark is not saved with the adapter: a model
-    that is loaded again needs ``fastlora.patch``.
+    taken over; everything else is built by peft. Siblings (q, k and v, ...) are computed one by one
+    until ``fastlora.patch`` (or the callback) has seen the model. The mark is not saved with the
+    adapter: a model that is loaded again needs ``fastlora.patch``.
 
     Args:
         config: any LoRA config; it is changed in place.

@@ -13,7 +13,7 @@ so that autocast casts an fp32 adapter inside the operator and no cast copy is e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,16 +28,6 @@ _COUNTERS_PER_CPU_PIECE = 1 << 16
 _COUNTERS_PER_PIECE = 1 << 22
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """Flatten all leading dimensions: ``[M, last]``."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def mask_rows(mask: Tensor) -> Tensor:
-    """Flatten packed bits to ``[M, ceil(K / 8)]``; a seed (int64 scalar) stays as it is."""
-    return rows(mask) if mask.dtype == torch.uint8 else mask
-
-
 def _masked_pieces(matrix: Tensor) -> Iterator[slice]:
     """Split the rows of a masked operand into pieces for whose mask there is room."""
     rows, columns = matrix.shape
@@ -49,41 +39,45 @@ def _masked_pieces(matrix: Tensor) -> Iterator[slice]:
 
 def shrink(
     x: Tensor,
-    lora_a: Tensor,
+    lora_as: Sequence[Tensor],
     seed: Tensor | None,
     dropout_p: float,
     return_bits: bool,
     *,
     rank_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    h, bits = shrink_outputs(x, lora_a, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
-    x_rows, h_rows, bit_rows = rows(x), rows(h), rows(bits)
-    a_t = lora_a.to(rank_dtype).t()
+) -> tuple[list[Tensor], list[Tensor]]:
+    hs, bits = shrink_outputs(x, lora_as, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
+    a_ts = [lora_a.to(rank_dtype).t() for lora_a in lora_as]
     if seed is None:
-        torch.mm(x_rows.to(rank_dtype), a_t, out=h_rows)
-        return h, bits
-    for piece in _masked_pieces(x_rows):
-        part = x_rows[piece].to(rank_dtype)
-        keep = dropout.keep_rows(seed, piece, part.shape[1], dropout_p)
-        torch.mm(part * keep, a_t, out=h_rows[piece])
-        if return_bits:
-            bit_rows[piece] = dropout.pack(keep)
-    return h, bits
+        wide = x.to(rank_dtype)
+        for h, a_t in zip(hs, a_ts, strict=True):
+            torch.mm(wide, a_t, out=h)
+        return hs, bits
+    for piece in _masked_pieces(x):
+        part = x[piece].to(rank_dtype)
+        for g, (h, a_t) in enumerate(zip(hs, a_ts, strict=True)):
+            keep = dropout.keep_rows(seed, piece, part.shape[1], dropout_p, g)
+            torch.mm(part * keep, a_t, out=h[piece])
+            if bits:
+                bits[g][piece] = dropout.pack(keep)
+    return hs, bits
 
 
 def shrink_outputs(
     x: Tensor,
-    lora_a: Tensor,
+    lora_as: Sequence[Tensor],
     seed: Tensor | None,
     dropout_p: float,
     return_bits: bool,
     *,
     rank_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    h = x.new_empty((*x.shape[:-1], lora_a.shape[0]), dtype=rank_dtype)
-    blocks = -(-x.shape[-1] // dropout.LANES)
-    bits_shape = (*x.shape[:-1], blocks) if return_bits else (0, blocks)
-    return h, x.new_empty(bits_shape, dtype=torch.uint8)
+) -> tuple[list[Tensor], list[Tensor]]:
+    m, k = x.shape
+    blocks = -(-k // dropout.LANES)
+    hs = [x.new_empty((m, lora_a.shape[0]), dtype=rank_dtype) for lora_a in lora_as]
+    if not return_bits or seed is None:
+        return hs, []
+    return hs, [x.new_empty((m, blocks), dtype=torch.uint8) for _ in lora_as]
 
 
 def low_rank_gemm(
@@ -95,15 +89,18 @@ def low_rank_gemm(
     gain: float,
     *,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    y = low_rank_gemm_output(x, weight, bias, h, lora_b, gain, dtype=dtype)
-    y_rows, x_rows, weight_t = rows(y), rows(x).to(dtype), weight.to(dtype).t()
+    if out is None:
+        out = low_rank_gemm_output(x, weight, bias, h, lora_b, gain, dtype=dtype)
+    y = out.view(-1, out.shape[-1])
+    x, weight_t = x.to(dtype), weight.to(dtype).t()
     if bias is None:
-        torch.mm(x_rows, weight_t, out=y_rows)
+        torch.mm(x, weight_t, out=y)
     else:
-        torch.addmm(bias.to(dtype), x_rows, weight_t, out=y_rows)
-    _add_product(y_rows, rows(h), lora_b.to(h.dtype).t(), gain)
-    return y
+        torch.addmm(bias.to(dtype), x, weight_t, out=y)
+    _add_product(y, h, lora_b.to(h.dtype).t(), gain)
+    return out
 
 
 def low_rank_gemm_output(
@@ -116,7 +113,7 @@ def low_rank_gemm_output(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, gain: float) -> None:
@@ -130,121 +127,142 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, gain: float) -> None:
 
 
 def adapter_grads(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    h: Tensor | None,
-    lora_b: Tensor,
-    mask: Tensor | None,
-    gain: float,
+    hs: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    gains: Sequence[float],
     dropout_p: float,
     *,
     need_dh: bool = True,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy_rows = rows(dy).to(rank_dtype)
-    dh, da, db = adapter_grads_outputs(
-        dy,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    dhs, das, dbs = adapter_grads_outputs(
+        dys,
         x,
-        h,
-        lora_b,
-        mask,
-        gain,
+        hs,
+        lora_bs,
+        masks,
+        gains,
         dropout_p,
         need_dh=need_dh,
         rank_dtype=rank_dtype,
         grad_dtype=grad_dtype,
     )
-    dh_rows = rows(dh)
-    if need_dh:
-        # beta = 0: the product is scaled before it is rounded, and what dh held is never read.
-        torch.addmm(dh_rows, dy_rows, lora_b.to(rank_dtype), beta=0, alpha=gain, out=dh_rows)
-    if h is not None:
-        # Into the rank's dtype first: a GEMM cannot store fp32 from half-precision operands here.
-        product = db.to(rank_dtype)
-        db.copy_(product.addmm_(dy_rows.t(), rows(h), beta=0, alpha=gain))
+    for g, (dy, gain) in enumerate(zip(dys, gains, strict=True)):
+        dy = dy.to(rank_dtype)
+        if need_dh:
+            # beta = 0: the product is scaled before it is rounded, and what dh held is not read.
+            torch.addmm(dhs[g], dy, lora_bs[g].to(rank_dtype), beta=0, alpha=gain, out=dhs[g])
+        if hs:
+            # Into the rank's dtype first: a GEMM cannot store fp32 from half-precision operands.
+            product = dbs[g].to(rank_dtype)
+            dbs[g].copy_(product.addmm_(dy.t(), hs[g], beta=0, alpha=gain))
     if x is not None:
-        da.copy_(_masked_product(dh_rows, rows(x), mask, dropout_p))
-    return dh, da, db
+        _fill_das(das, dhs, x, masks, dropout_p)
+    return dhs, das, dbs
 
 
 def adapter_grads_outputs(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    h: Tensor | None,
-    lora_b: Tensor,
-    mask: Tensor | None,
-    gain: float,
+    hs: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    gains: Sequence[float],
     dropout_p: float,
     *,
     need_dh: bool = True,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rank = lora_b.shape[1]
-    dh = dy.new_empty((*dy.shape[:-1], rank) if need_dh else (0, rank), dtype=rank_dtype)
-    da = dy.new_empty((0 if x is None else rank, 0 if x is None else x.shape[-1]), dtype=grad_dtype)
-    db = dy.new_empty((0 if h is None else lora_b.shape[0], rank), dtype=grad_dtype)
-    return dh, da, db
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    m, rank, new_empty = dys[0].shape[0], lora_bs[0].shape[1], dys[0].new_empty
+    dhs = [new_empty((m, rank), dtype=rank_dtype) for _ in dys] if need_dh else []
+    das = [] if x is None else [new_empty((rank, x.shape[1]), dtype=grad_dtype) for _ in dys]
+    dbs = [new_empty((b.shape[0], rank), dtype=grad_dtype) for b in lora_bs] if hs else []
+    return dhs, das, dbs
 
 
-def _masked_product(
-    dh_rows: Tensor, x_rows: Tensor, mask: Tensor | None, dropout_p: float
-) -> Tensor:
-    """Return ``dh^T (keep * x)``: ``[R, K]``."""
-    if mask is None:
-        return dh_rows.t() @ x_rows.to(dh_rows.dtype)
+def _fill_das(
+    das: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    x: Tensor,
+    masks: Sequence[Tensor],
+    dropout_p: float,
+) -> None:
+    """Compute ``dA_g = dh_g^T (keep_g * x)``: ``[R, K]`` for every sibling."""
+    if not masks:
+        wide = x.to(dhs[0].dtype)
+        for da, dh in zip(das, dhs, strict=True):
+            da.copy_(dh.t() @ wide)
+        return
     # The pieces are summed in fp32 at least: rounding a running sum to bf16 would add up.
-    wide = torch.promote_types(dh_rows.dtype, torch.float32)
-    mask = mask_rows(mask)
-    total = dh_rows.new_zeros((dh_rows.shape[1], x_rows.shape[1]), dtype=wide)
-    for piece in _masked_pieces(x_rows):
-        part = x_rows[piece].to(dh_rows.dtype)
-        keep = dropout.keep_rows(mask, piece, part.shape[1], dropout_p)
-        total += dh_rows[piece].t() @ (part * keep)
-    return total
+    total_dtype = torch.promote_types(dhs[0].dtype, torch.float32)
+    totals = [da.new_zeros(da.shape, dtype=total_dtype) for da in das]
+    for piece in _masked_pieces(x):
+        part = x[piece].to(dhs[0].dtype)
+        for g, (total, dh) in enumerate(zip(totals, dhs, strict=True)):
+            keep = _keep(masks, g, piece, part.shape[1], dropout_p)
+            total += dh[piece].t() @ (part * keep)
+    for da, total in zip(das, totals, strict=True):
+        da.copy_(total)
+
+
+def _keep(masks: Sequence[Tensor], g: int, piece: slice, k: int, dropout_p: float) -> Tensor:
+    """Return some rows of a sibling's keep mask; one seed draws those of all siblings."""
+    mask = masks[g] if masks[0].dtype == torch.uint8 else masks[0]
+    return dropout.keep_rows(mask, piece, k, dropout_p, g)
 
 
 def input_grad(
-    dy: Tensor,
-    weight: Tensor,
-    dh: Tensor,
-    lora_a: Tensor,
-    mask: Tensor | None,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    masks: Sequence[Tensor],
     dropout_p: float,
     *,
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    dx = input_grad_output(
-        dy, weight, dh, lora_a, mask, dropout_p, dtype=dtype, grad_dtype=grad_dtype
-    )
-    dx_rows, dh_rows = rows(dx), rows(dh)
-    a = lora_a.to(dh.dtype)
-    if grad_dtype == dtype:
-        torch.mm(rows(dy).to(dtype), weight.to(dtype), out=dx_rows)
-    else:
-        dx_rows.copy_(rows(dy).to(dtype) @ weight.to(dtype))
-    if mask is None:
-        _add_product(dx_rows, dh_rows, a, 1.0)
-        return dx
-    mask = mask_rows(mask)
-    for piece in _masked_pieces(dx_rows):
-        low_rank = dh_rows[piece] @ a
-        keep = dropout.keep_rows(mask, piece, low_rank.shape[1], dropout_p)
-        dx_rows[piece] += low_rank.mul_(keep)
-    return dx
+    if out is None:
+        out = input_grad_output(
+            dys, weights, dhs, lora_as, masks, dropout_p, dtype=dtype, grad_dtype=grad_dtype
+        )
+    dx = out.view(-1, out.shape[-1])
+    for g, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
+        dy, weight = dy.to(dtype), weight.to(dtype)
+        if grad_dtype != dtype:
+            product = dy @ weight
+            dx = dx.copy_(product) if g == 0 else dx.add_(product)
+        elif g == 0:
+            torch.mm(dy, weight, out=dx)
+        else:
+            dx.addmm_(dy, weight)
+    adapters = [a.to(dh.dtype) for a, dh in zip(lora_as, dhs, strict=True)]
+    if not masks:
+        for dh, a in zip(dhs, adapters, strict=True):
+            _add_product(dx, dh, a, 1.0)
+        return out
+    for piece in _masked_pieces(dx):
+        for g, (dh, a) in enumerate(zip(dhs, adapters, strict=True)):
+            low_rank = dh[piece] @ a
+            dx[piece] += low_rank.mul_(_keep(masks, g, piece, low_rank.shape[1], dropout_p))
+    return out
 
 
 def input_grad_output(
-    dy: Tensor,
-    weight: Tensor,
-    dh: Tensor,
-    lora_a: Tensor,
-    mask: Tensor | None,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    masks: Sequence[Tensor],
     dropout_p: float,
     *,
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
 ) -> Tensor:
-    return dy.new_empty((*dy.shape[:-1], weight.shape[1]), dtype=grad_dtype)
+    return dys[0].new_empty((dys[0].shape[0], lora_as[0].shape[1]), dtype=grad_dtype)

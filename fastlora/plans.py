@@ -1,7 +1,7 @@
 """Plans: which code computes an operator, for each shape and device.
 
     fused     one Triton GEMM with the low-rank term inside; thin products in Triton
-    hybrid    cuBLAS and an in-place ``addmm_``; thin products in Triton
+    hybrid    Triton writes the low-rank term, cuBLAS adds the frozen product to it
     plain     PyTorch
 
 By a cost model of an H200, a fused GEMM wins only where it reaches about 95.5 % of cuBLAS (97 % for
@@ -14,7 +14,8 @@ that knows:
 
 Before a device's first use every kernel computes one small problem, and a kernel that is wrong
 there, or does not compile, is not used: without ``low_rank_gemm`` fused becomes hybrid, without
-``shrink`` or ``adapter_grads`` everything becomes plain. An unknown device is never an error.
+``low_rank_term`` the products with frozen weights become plain, and without ``shrink`` or
+``adapter_grads`` everything does. An unknown device is never an error.
 """
 
 from __future__ import annotations
@@ -48,7 +49,14 @@ PLANS: tuple[Plan, ...] = (PLAIN, HYBRID, FUSED)  # each needs everything that t
 BACKENDS = ("auto", *reversed(PLANS))
 ENVIRONMENT = "FASTLORA_BACKEND"
 
-KERNELS = ("shrink", "adapter_grads", "low_rank_gemm")
+# What is checked, and the plan of everything (of GEMMS, for the last two) without it.
+KERNELS: dict[str, Plan] = {
+    "shrink": PLAIN,
+    "adapter_grads": PLAIN,
+    "low_rank_term": PLAIN,
+    "low_rank_gemm": HYBRID,
+}
+_FOR_EVERYTHING = frozenset(("shrink", "adapter_grads"))
 GEMMS = frozenset(("low_rank_gemm", "input_grad"))
 MAX_RANK = 256  # the widest accumulator that stays in registers
 MIN_ROWS = 64  # below it a Triton tile is mostly padding, and cuBLAS has kernels for few rows
@@ -124,6 +132,7 @@ def plan_for(
     r: int,
     *,
     masked: bool = False,
+    siblings: int = 1,
 ) -> Plan:
     """Choose the plan of one call.
 
@@ -132,48 +141,74 @@ def plan_for(
         device: of the operands.
         dtype: of the frozen product for the two GEMMs, of the thin products for the others.
         m: rows.
-        n: out features.
+        n: out features; of several siblings the sum.
         k: in features.
-        r: rank.
+        r: rank, of one sibling.
         masked: dropout is on.
+        siblings: linears that share the input and the call.
 
     Returns:
         The plan; for an operation without a GEMM fused and hybrid are the same.
     """
-    if device.type != "cuda" and (not interpreting() or requested() == "auto"):
+    wanted = requested()
+    if wanted == PLAIN or (device.type != "cuda" and (wanted == "auto" or not interpreting())):
         # Kernels take CPU tensors only where they are interpreted, and only on request: the
         # interpreter is a thousand times slower than PyTorch.
         return PLAIN
-    wanted = requested()
-    if wanted == PLAIN:
+    if device not in _failures and failed_kernels(device) is None:
         return PLAIN
-    limit = possible_plan(operation, device, dtype, r, masked)
+    tf32 = dtype == torch.float32 and allows_tf32()
+    return _decided(wanted, operation, device, dtype, m, n, k, r, masked, siblings, tf32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decided(
+    wanted: str,
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    masked: bool,
+    siblings: int,
+    tf32: bool,
+) -> Plan:
+    """``plan_for`` a device that was checked; 3 us of the host's time if it were not remembered."""
+    limit = possible_plan(operation, device, dtype, r, tf32=tf32)
     if wanted == "auto":
-        wanted = _automatic(operation, device, dtype, m, n, k, r, masked)
+        wanted = _automatic(operation, device, dtype, m, n, k, r, masked, siblings)
     return PLANS[min(PLANS.index(limit), PLANS.index(wanted))]
 
 
 def possible_plan(
-    operation: str, device: torch.device, dtype: torch.dtype, r: int, masked: bool = False
+    operation: str, device: torch.device, dtype: torch.dtype, r: int, *, tf32: bool
 ) -> Plan:
-    """Return the furthest plan that this device and these operands allow."""
+    """Return the furthest plan that this device and these operands allow.
+
+    Args:
+        operation: as in ``plan_for``; likewise the next three.
+        device: likewise.
+        dtype: likewise.
+        r: likewise.
+        tf32: fp32 products may be rounded to TF32.
+    """
     if unsupported_reason(device, dtype, r) is not None:
         return PLAIN
     failed = failed_kernels(device)
-    if failed is None or "shrink" in failed or "adapter_grads" in failed:
+    if failed is None or not _FOR_EVERYTHING.isdisjoint(failed):
         return PLAIN
     if operation not in GEMMS:
         return FUSED
-    if "low_rank_gemm" in failed:
-        # The hybrid form of input_grad takes its masked term from the same kernel.
-        return HYBRID if operation == "low_rank_gemm" or not masked else PLAIN
-    if dtype == torch.float32 and not allows_tf32() and not interpreting():
+    if failed:
+        return PLAIN if "low_rank_term" in failed else HYBRID
+    if dtype == torch.float32 and not tf32 and not interpreting():
         # Exact fp32 has no tensor cores: a Triton GEMM would spill where cuBLAS does not.
         return HYBRID
     return FUSED
 
 
-@functools.lru_cache(maxsize=4096)
 def _automatic(
     operation: str,
     device: torch.device,
@@ -183,12 +218,13 @@ def _automatic(
     k: int,
     r: int,
     masked: bool,
+    siblings: int,
 ) -> Plan:
     if m < MIN_ROWS:
         # Without a mask PyTorch needs one launch for each thin product, as Triton does.
         return HYBRID if masked else PLAIN
     entries = tuned_entries(device_limits(device).name)
-    entry = entries.get(tile_key(operation, dtype, m, n, k, r), {})
+    entry = entries.get(tile_key(operation, dtype, m, n, k, r, siblings), {})
     plan: Plan = entry.get("plan", HYBRID)
     return plan
 
@@ -258,10 +294,9 @@ def check_device(device: torch.device) -> dict[str, str]:
                 reason = f"{type(error).__name__}: {first_line}"
             if reason is not None:
                 failures[kernel] = reason
-                fallback = HYBRID if kernel == "low_rank_gemm" else PLAIN
                 warnings.warn(
                     f"fastlora's kernel {kernel} does not work on {device_limits(device).name} "
-                    f"({reason}); the {fallback} plan is used instead",
+                    f"({reason}); the {KERNELS[kernel]} plan is used instead",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -296,29 +331,36 @@ def _wrong_result(kernel: str, device: torch.device) -> str | None:
     a, b, h = draw(r, k) * k**-0.5, draw(n, r), draw(m, r)
     seed = torch.full((), 20251122, dtype=torch.int64, device=device)
     threshold = dropout.threshold(p)
-    expected_h, bits = plain.shrink(x, a, seed, p, True, rank_dtype=dtype)
+    (expected_h,), (bits,) = plain.shrink(x, [a], seed, p, True, rank_dtype=dtype)
     if kernel == "shrink":
         from fastlora.kernels.shrink import shrink
 
-        (got_h,), (got_bits,) = shrink(
-            x, [a], [seed], threshold, rank_dtype=dtype, return_bits=True
-        )
+        (got_h,), (got_bits,) = shrink(x, [a], seed, threshold, rank_dtype=dtype, return_bits=True)
         if not torch.equal(got_bits, bits):
             return "the dropout mask differs"
         return _difference([("h", got_h, expected_h)])
     if kernel == "adapter_grads":
         from fastlora.kernels.adapter_grads import adapter_grads
 
-        wide = torch.float32
-        got = adapter_grads(dy, x, h, b, bits, 1.5, rank_dtype=dtype, grad_dtype=wide)
-        wanted = plain.adapter_grads(dy, x, h, b, bits, 1.5, p, rank_dtype=dtype, grad_dtype=wide)
-        return _difference(list(zip(("dh", "dA", "dB"), got, wanted, strict=True)))
-    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+        wide, tensors = torch.float32, ([dy], x, [h], [b], [bits], [1.5])
+        got = adapter_grads(*tensors, rank_dtype=dtype, grad_dtype=wide)
+        wanted = plain.adapter_grads(*tensors, p, rank_dtype=dtype, grad_dtype=wide)
+        triples = zip(("dh", "dA", "dB"), got, wanted, strict=True)
+        return _difference([(name, one[0] if one else None, two[0]) for name, one, two in triples])
+    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
 
-    y = low_rank_gemm(x, weight, None, h, b, 1.5)
-    dx = input_grad([dy], [weight], [h], [a], [bits], grad_dtype=dtype)
-    expected_y = plain.low_rank_gemm(x, weight, None, h, b, 1.5, dtype=dtype)
-    expected_dx = plain.input_grad(dy, weight, h, a, bits, p, dtype=dtype, grad_dtype=dtype)
+    bias = None
+    if kernel == "low_rank_term":
+        bias = dy[0]
+        y = low_rank_term(h, b, bias, 1.5, dtype=dtype)
+        dx = input_grad([], [], [h], [a], [bits], grad_dtype=dtype)
+        weight = torch.zeros_like(weight)
+    else:
+        y = low_rank_gemm(x, weight, None, h, b, 1.5)
+        dx = input_grad([dy], [weight], [h], [a], [bits], grad_dtype=dtype)
+    expected_y = plain.low_rank_gemm(x, weight, bias, h, b, 1.5, dtype=dtype)
+    operands = ([dy], [weight], [h], [a], [bits], p)
+    expected_dx = plain.input_grad(*operands, dtype=dtype, grad_dtype=dtype)
     return _difference([("y", y, expected_y), ("dx", dx, expected_dx)])
 
 
@@ -340,7 +382,7 @@ def _difference(results: list[tuple[str, Tensor | None, Tensor]]) -> str | None:
 def forget_measurements() -> None:
     """Read the tuned tables again: one of them was written."""
     forget_tiles()
-    _automatic.cache_clear()
+    _decided.cache_clear()
 
 
 def describe(device: torch.device) -> str:
@@ -350,10 +392,12 @@ def describe(device: torch.device) -> str:
     limits = device_limits(device)
     line = f"{device} ({limits.name}): "
     failures = _failures.get(device)
-    if failures and not failures.keys() <= {"low_rank_gemm"}:
-        return line + "plain PyTorch; " + "; ".join(f"{k}: {why}" for k, why in failures.items())
     if failures:
-        line += f"hybrid; low_rank_gemm: {failures['low_rank_gemm']}"
+        reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in failures.items())
+        if not _FOR_EVERYTHING.isdisjoint(failures):
+            return f"{line}plain PyTorch; {reasons}"
+        gemms = "plain for the frozen products" if "low_rank_term" in failures else "hybrid"
+        line += f"{gemms}; {reasons}"
     elif entries := tuned_entries(limits.name):
         line += f"fused or hybrid by shape, {len(entries)} measured"
     else:

@@ -3,6 +3,9 @@
 The table that ``tune`` writes is read by ``plans.py`` (fused or hybrid) and by
 ``kernels/tile_config.py`` (tiles). Only shapes that were measured change; everything else keeps the
 rule that is safe anywhere.
+
+Linears that share their input are computed together (``siblings.py``), so they are also measured
+together: what is best for q, k and v at once is not what is best for each.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import dropout, plans
+from fastlora.discovery import sibling_names
 from fastlora.kernels.tile_config import (
     DeviceLimits,
     TileConfig,
@@ -43,6 +47,22 @@ class LinearShape:
 
     n: int
     k: int
+
+    @property
+    def ns(self) -> tuple[int, ...]:
+        """The out features, as a group of one has them."""
+        return (self.n,)
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Linears that share their input: ``[N_g, K]`` are the shapes of their weights."""
+
+    ns: tuple[int, ...]
+    k: int
+
+
+Shape = LinearShape | GroupShape
 
 
 def gemm_candidates(limits: DeviceLimits, default: TileConfig) -> Iterator[TileConfig]:
@@ -153,27 +173,30 @@ def _fastest(
 
 
 class _Operands:
-    """Random operands of one linear, as the operators get them."""
+    """Random operands of a group of linears, as the operators get them."""
 
     def __init__(
-        self, shape: LinearShape, m: int, r: int, dtype: torch.dtype, p: float, device: torch.device
+        self, shape: Shape, m: int, r: int, dtype: torch.dtype, p: float, device: torch.device
     ) -> None:
         def draw(*size: int) -> Tensor:
             return torch.randn(size, device=device).to(dtype)
 
-        n, k = shape.n, shape.k
-        self.x, self.dy, self.weight = draw(m, k), draw(m, n), draw(n, k) * k**-0.5
-        self.a, self.b, self.h = draw(r, k) * k**-0.5, draw(n, r), draw(m, r)
+        ns, k = shape.ns, shape.k
+        self.x, self.dys = draw(m, k), [draw(m, n) for n in ns]
+        self.weights = [draw(n, k) * k**-0.5 for n in ns]
+        self.lora_as, self.lora_bs = [draw(r, k) * k**-0.5 for _ in ns], [draw(n, r) for n in ns]
+        self.hs, self.gains = [draw(m, r) for _ in ns], [1.5 for _ in ns]
         self.threshold = dropout.threshold(p)
         self.seed = torch.ones((), dtype=torch.int64, device=device) if p else None
         # Their values do not matter to the time, and drawing them by PyTorch would take longer.
-        self.bits = torch.full((m, -(-k // 8)), 255, dtype=torch.uint8, device=device)
+        bits = [torch.full((m, -(-k // 8)), 255, dtype=torch.uint8, device=device) for _ in ns]
+        self.masks = bits if p else None
 
 
 def tune(
     model: nn.Module | None = None,
     *,
-    shapes: Sequence[LinearShape] = (),
+    shapes: Sequence[Shape] = (),
     tokens: Sequence[int] = (8192, 2048),
     rank: int = 16,
     dtype: torch.dtype = torch.bfloat16,
@@ -189,8 +212,9 @@ def tune(
     shape stands above the cache.
 
     Args:
-        model: its linear layers are the shapes to tune for, with or without peft; it may be on the
-            meta device. The output layer (``lm_head``) is left out.
+        model: its linear layers, and the groups of them that share their input, are the shapes to
+            tune for, with or without peft; it may be on the meta device. The output layer
+            (``lm_head``) is left out.
         shapes: more shapes, or all of them without a model.
         tokens: rows of a batch to tune for; a call uses the next larger one.
         rank: of the adapters.
@@ -226,12 +250,13 @@ def tune(
     total = len(wanted) * len(tokens)
     for number, (shape, m) in enumerate(((s, m) for s in wanted for m in tokens), start=1):
         start = time.perf_counter()
-        found = tune_linear(shape, m, rank, dtype, dropout_p, device, rounds, progress)
+        found = tune_shape(shape, m, rank, dtype, dropout_p, device, rounds, progress)
         entries.update({TileKey(**entry["key"]): entry for entry in found})
         _write(path, limits, entries)
         chosen = ", ".join(f"{e['key']['operation']} {e['plan']}" for e in found if "plan" in e)
+        n = "+".join(map(str, shape.ns))
         progress(
-            f"[{number}/{total}] N={shape.n} K={shape.k} M={m} r={rank}: {chosen} "
+            f"[{number}/{total}] N={n} K={shape.k} M={m} r={rank}: {chosen} "
             f"({time.perf_counter() - start:.0f} s)"
         )
     plans.forget_measurements()
@@ -240,15 +265,18 @@ def tune(
 
 def _checked_shapes(
     model: nn.Module | None,
-    shapes: Sequence[LinearShape],
+    shapes: Sequence[Shape],
     tokens: Sequence[int],
     device: torch.device,
-) -> list[LinearShape]:
+) -> list[Shape]:
     """Return the distinct shapes to tune for, or raise if there is nothing that can be tuned."""
-    wanted = list(dict.fromkeys([*(linear_shapes(model) if model is not None else ()), *shapes]))
+    of_model: list[Shape] = []
+    if model is not None:
+        of_model = [*linear_shapes(model), *group_shapes(model)]
+    wanted = list(dict.fromkeys([*of_model, *shapes]))
     if not wanted:
         raise ValueError("nothing to tune: give a model with linear layers, or shapes")
-    if wrong := [shape for shape in wanted if shape.n < 1 or shape.k < 1]:
+    if wrong := [shape for shape in wanted if min(*shape.ns, shape.k) < 1]:
         raise ValueError(f"out and in features must be positive, got {wrong[0]}")
     if min(tokens) < plans.MIN_ROWS and device.type == "cuda":
         raise ValueError(
@@ -268,8 +296,31 @@ def linear_shapes(model: nn.Module) -> list[LinearShape]:
     return list(shapes)
 
 
-def tune_linear(
-    shape: LinearShape,
+def group_shapes(model: nn.Module) -> list[GroupShape]:
+    """Return the distinct groups of a model's linear layers that share their input.
+
+    As ``siblings.py`` forms them: of at most four.
+    """
+    from fastlora.kernels.low_rank_gemm import MAX_SIBLINGS
+
+    groups: dict[GroupShape, None] = {}
+    for parent in model.modules():
+        linears: dict[str, nn.Linear] = {}
+        for name, child in parent.named_children():
+            linear = getattr(child, "base_layer", child)  # peft's layers keep theirs inside
+            if isinstance(linear, nn.Linear):
+                linears[name] = linear
+        for names in sibling_names(parent, linears) if len(linears) > 1 else ():
+            for start in range(0, len(names), MAX_SIBLINGS):
+                members = [linears[name] for name in names[start : start + MAX_SIBLINGS]]
+                if len(members) > 1 and len({member.in_features for member in members}) == 1:
+                    ns = tuple(member.out_features for member in members)
+                    groups[GroupShape(ns, members[0].in_features)] = None
+    return list(groups)
+
+
+def tune_shape(
+    shape: Shape,
     m: int,
     r: int,
     dtype: torch.dtype,
@@ -278,37 +329,45 @@ def tune_linear(
     rounds: int,
     say: Progress,
 ) -> list[dict[str, Any]]:
-    """Measure one linear with ``m`` rows; returns table entries for its five operations."""
+    """Measure a linear or a group with ``m`` rows.
+
+    Returns:
+        Table entries for its operations: five of a linear; four of a group, whose linears have a
+        forward GEMM each.
+    """
     operands = _Operands(shape, m, r, dtype, dropout_p, device)
+    sizes = (dtype, m, sum(shape.ns), shape.k, r)
+    siblings = len(shape.ns)
     limits = device_limits(device)
     entries: list[dict[str, Any]] = []
     for operation, run in _thin_products(operands, dtype).items():
-        default = default_tile(operation, limits, dtype, m, shape.n, shape.k, r)
+        default = default_tile(operation, limits, *sizes, siblings=siblings)
         tiles = {str(tile): tile for tile in thin_candidates(operation, default)}
         runs = {name: _bind(run, tile) for name, tile in tiles.items()}
         best, best_us = _fastest(runs, device, rounds, say)
-        key = tile_key(operation, dtype, m, shape.n, shape.k, r)
-        entries.append({"key": asdict(key), "tile": tiles[best].as_dict(), "us": round(best_us, 2)})
-    if reason := plans.check_device(device).get("low_rank_gemm"):
-        say(f"    low_rank_gemm stays with cuBLAS: {reason}")
-        return entries
+        key = asdict(tile_key(operation, *sizes, siblings))
+        entries.append({"key": key, "tile": tiles[best].as_dict(), "us": round(best_us, 2)})
+    failed = plans.check_device(device)
+    for kernel in ("low_rank_gemm", "low_rank_term"):
+        if kernel in failed:  # then there is no choice of a plan
+            say(f"    the frozen products are not tuned, {kernel}: {failed[kernel]}")
+            return entries
     for operation, (fused, hybrid, base) in _gemms(operands, dtype).items():
-        default = default_tile(operation, limits, dtype, m, shape.n, shape.k, r)
+        default = default_tile(operation, limits, *sizes, siblings=siblings)
         tiles = {str(tile): tile for tile in gemm_candidates(limits, default)}
         runs = {name: _bind(fused, tile) for name, tile in tiles.items()}
         best, _ = _fastest(runs, device, rounds, say)
         # The winner runs again beside the other plan, in turn: a ratio is only fair in one run.
         taken = measure_us({"fused": runs[best], "hybrid": hybrid, "base": base}, device, rounds)
         us = {name: round(statistics.median(values), 2) for name, values in taken.items()}
-        key = tile_key(operation, dtype, m, shape.n, shape.k, r)
         entries.append(
             {
-                "key": asdict(key),
+                "key": asdict(tile_key(operation, *sizes, siblings)),
                 "tile": tiles[best].as_dict(),
                 "plan": plans.FUSED if us["fused"] < us["hybrid"] else plans.HYBRID,
                 "fused_us": us["fused"],
                 "hybrid_us": us["hybrid"],
-                "base_us": us["base"],  # the frozen product alone, by cuBLAS
+                "base_us": us["base"],  # the frozen products alone, by cuBLAS
             }
         )
     return entries
@@ -323,52 +382,65 @@ def _thin_products(o: _Operands, dtype: torch.dtype) -> dict[str, Callable[[Tile
     from fastlora.kernels.shrink import shrink
 
     masked = o.seed is not None
-    seeds, masks = ([o.seed], [o.bits]) if o.seed is not None else (None, None)
-    da = torch.empty_like(o.a)
+    das = [torch.empty_like(a) for a in o.lora_as]
 
     def run_shrink(tile: TileConfig) -> object:
         options = {"rank_dtype": dtype, "return_bits": masked, "config": tile}
-        return shrink(o.x, [o.a], seeds, o.threshold, **options)  # type: ignore[arg-type]
+        return shrink(o.x, o.lora_as, o.seed, o.threshold, **options)  # type: ignore[arg-type]
 
     def run_output_pass(tile: TileConfig) -> object:
         options = {"rank_dtype": dtype, "grad_dtype": torch.float32, "output_config": tile}
-        return adapter_grads(o.dy, None, o.h, o.b, None, 1.5, **options)  # type: ignore[arg-type]
+        operands = (o.dys, None, o.hs, o.lora_bs, None, o.gains)
+        return adapter_grads(*operands, **options)  # type: ignore[arg-type]
 
     def run_input_pass(tile: TileConfig) -> None:
-        input_pass(o.x, [o.h], [da], masks, o.threshold, rank_dtype=dtype, config=tile)
+        input_pass(o.x, o.hs, das, o.masks, o.threshold, rank_dtype=dtype, config=tile)
 
     return {"shrink": run_shrink, "output_pass": run_output_pass, "input_pass": run_input_pass}
 
 
-def _gemms(
-    o: _Operands, dtype: torch.dtype
-) -> dict[str, tuple[Callable[[TileConfig], object], Callable[[], object], Callable[[], object]]]:
-    """Return for each GEMM its fused form, its hybrid form, and the frozen product alone."""
-    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+_Forms = tuple[Callable[[TileConfig], object], Callable[[], object], Callable[[], object]]
 
-    masks = [o.bits] if o.seed is not None else None
-    weight_t, b_t = o.weight.t(), o.b.t()
 
-    def fused_forward(tile: TileConfig) -> object:
-        return low_rank_gemm(o.x, o.weight, None, o.h, o.b, 1.5, config=tile)
+def _gemms(o: _Operands, dtype: torch.dtype) -> dict[str, _Forms]:
+    """Return for each GEMM its fused form, its hybrid form, and the frozen products alone.
 
-    def hybrid_forward() -> object:
-        return torch.mm(o.x, weight_t).addmm_(o.h, b_t, alpha=1.5)
+    The hybrid forms are those of ``ops.py``: Triton writes the low-rank term, cuBLAS adds to it.
+    """
+    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
+
+    terms = (o.hs, o.lora_as, o.masks, o.threshold)
+    pairs = list(zip(o.dys, o.weights, strict=True))
 
     def fused_backward(tile: TileConfig) -> object:
-        operands = [o.dy], [o.weight], [o.h], [o.a]
-        return input_grad(*operands, masks, o.threshold, grad_dtype=dtype, config=tile)
+        return input_grad(o.dys, o.weights, *terms, grad_dtype=dtype, config=tile)
 
     def hybrid_backward() -> object:
-        if masks is None:
-            return torch.mm(o.dy, o.weight).addmm_(o.h, o.a)
-        dx = input_grad([], [], [o.h], [o.a], masks, o.threshold, grad_dtype=dtype)
-        return dx.addmm_(o.dy, o.weight)
+        dx = input_grad([], [], *terms, grad_dtype=dtype)
+        for dy, weight in pairs:
+            dx.addmm_(dy, weight)
+        return dx
 
-    return {
-        "low_rank_gemm": (fused_forward, hybrid_forward, lambda: torch.mm(o.x, weight_t)),
-        "input_grad": (fused_backward, hybrid_backward, lambda: torch.mm(o.dy, o.weight)),
-    }
+    def base_backward() -> object:
+        dx = torch.mm(*pairs[0])
+        for dy, weight in pairs[1:]:
+            dx += torch.mm(dy, weight)  # as autograd adds up the gradients of a shared input
+        return dx
+
+    forms: dict[str, _Forms] = {"input_grad": (fused_backward, hybrid_backward, base_backward)}
+    if len(pairs) > 1:
+        return forms
+    (weight,), (h,), (b,) = o.weights, o.hs, o.lora_bs
+    weight_t = weight.t()
+
+    def fused_forward(tile: TileConfig) -> object:
+        return low_rank_gemm(o.x, weight, None, h, b, 1.5, config=tile)
+
+    def hybrid_forward() -> object:
+        return low_rank_term(h, b, None, 1.5, dtype=dtype).addmm_(o.x, weight_t)
+
+    forward = (fused_forward, hybrid_forward, lambda: torch.mm(o.x, weight_t))
+    return {"low_rank_gemm": forward, **forms}
 
 
 def _write(path: Path, limits: DeviceLimits, entries: Mapping[TileKey, Mapping[str, Any]]) -> None:

@@ -3,6 +3,8 @@
     forward     y  = x W^T + gain * h B^T + bias
     backward    dx = sum_g dy_g W_g + sum_g keep_g * (dh_g A_g)
 
+Either form works without its frozen products: what the hybrid plan writes before cuBLAS adds them.
+
 Grid: persistent, one program for each processor, each walking tiles of the output.
 Why the low-rank product comes after the loop over the depth: there its operands reuse the idle
 buffers of the pipeline. Before the loop they add 12 KiB of shared memory at rank 16 and over 100 at
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dtypes import dot_precision
 from .gemm_tile import column_parts, frozen_product, low_rank_product
-from .philox import expand_bits, load_bits
+from .philox import expand_bits, load_bits, mask_kind
 from .tile_config import (
     TileConfig,
     cached_by_shape,
@@ -124,7 +125,8 @@ def _low_rank_gemm_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K, RIGHT_IS_TRANSPOSED, USE_DESCRIPTORS, PRECISION,
             )  # fmt: skip
         if MASK == "none":
-            accumulator = accumulator * (1.0 / gain)
+            if left_0 is not None:  # zeros need no division, and the term alone any gain
+                accumulator = accumulator * (1.0 / gain)
             for g in tl.static_range(len(low_rank)):
                 accumulator = low_rank_product(
                     accumulator, low_rank[g], first_row, M, first_column, N,
@@ -143,7 +145,7 @@ def _low_rank_gemm_kernel(
                         BLOCK_M, PART_N, BLOCK_R, PRECISION,
                     )  # fmt: skip
                     bits = load_bits(
-                        low_rank[g].mask, low_rank[g].stride_mask, first_row, M, column, N,
+                        low_rank[g].mask, low_rank[g].stride_mask, first_row, M, column, N, g,
                         threshold, MASK == "seed", BLOCK_M, PART_N,
                     )  # fmt: skip
                     keep = expand_bits(bits, BLOCK_M, PART_N)
@@ -167,6 +169,7 @@ def low_rank_gemm(
     gain: float,
     *,
     aligned: bool | None = None,
+    out: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
     """Launch the forward form: ``y = x weight^T + gain * h lora_b^T + bias``, rounded once.
@@ -179,15 +182,50 @@ def low_rank_gemm(
         lora_b: ``[N, R]``, any strides and float dtype.
         gain: factor of the low-rank term; 0 leaves it out. Its inverse must be an fp32 number.
         aligned: what ``has_aligned_rows`` says of x, weight and the result, if the caller knows.
+        out: the result if the caller has made it: ``[..., N]``, contiguous, M rows in all.
         config: the tile; by default the tuned one, or one that runs everywhere.
 
     Returns:
         ``[M, N]`` in the dtype of ``weight``.
     """
-    y = x.new_empty((x.shape[0], weight.shape[0]))
-    terms = [_LowRank(h, h.stride(0), lora_b, lora_b.stride(1), lora_b.stride(0), h.shape[1], h, 0)]
-    shape = _Shape(lora_b.shape[1], True, "none" if gain else "absent", aligned, config)
-    _launch(y, [(x, weight)], terms if gain else [], bias, gain, 0, shape)
+    y = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
+    terms, kind, rank = (), "absent", lora_b.shape[1]
+    if gain:
+        stride_bn, stride_br = lora_b.stride()
+        terms = (_LowRank(h, h.stride(0), lora_b, stride_br, stride_bn, rank, h, 0),)
+        kind = "none"
+    _launch(y, (x,), (weight,), terms, bias, gain, 0, True, rank, kind, aligned, config)
+    return y
+
+
+def low_rank_term(
+    h: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    gain: float,
+    *,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """Launch the forward form without a frozen product: ``gain * h lora_b^T + bias``, rounded once.
+
+    Args:
+        h: ``[M, R]``, rows contiguous, in the dtype of the product.
+        lora_b: ``[N, R]``, any strides and float dtype.
+        bias: ``[N]``, contiguous, or ``None``.
+        gain: factor of the product, any number.
+        dtype: of the result.
+        out: the result if the caller has made it: ``[..., N]``, contiguous, M rows in all.
+        config: the tile; by default the tuned one, or one that runs everywhere.
+
+    Returns:
+        ``[M, N]``, contiguous.
+    """
+    y = h.new_empty((h.shape[0], lora_b.shape[0]), dtype=dtype) if out is None else out
+    rank, (stride_bn, stride_br) = lora_b.shape[1], lora_b.stride()
+    terms = (_LowRank(h, h.stride(0), lora_b, stride_br, stride_bn, rank, h, 0),)
+    _launch(y, (), (), terms, bias, gain, 0, True, rank, "none", None, config)
     return y
 
 
@@ -196,130 +234,136 @@ def input_grad(
     weights: Sequence[Tensor],
     dhs: Sequence[Tensor],
     lora_as: Sequence[Tensor],
-    masks: Sequence[Tensor] | None = None,
+    mask: Sequence[Tensor] | Tensor | None = None,
     threshold: int = 0,
     *,
     grad_dtype: torch.dtype,
     aligned: bool | None = None,
+    out: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
     """Launch the backward form: ``dx = sum_g dy_g weight_g + sum_g keep_g * (dh_g lora_a_g)``.
 
     Args:
         dys: for each adapter, at most four, ``[M, N_g]`` in the dtype of the weights, any strides;
-            may be empty, with ``weights``, which leaves the low-rank term alone.
+            may be empty, with ``weights``, which leaves the low-rank terms alone.
         weights: for each adapter ``[N_g, K]``, any strides.
         dhs: for each adapter ``[M, R_g]``, rows contiguous.
         lora_as: for each adapter ``[R_g, K]``, any strides and float dtype.
-        masks: for each adapter uint8 bits ``[M, ceil(K / 8)]`` or its seed (int64); ``None``: no
-            dropout.
+        mask: for each adapter uint8 bits ``[M, ceil(K / 8)]``; or a seed (one int64), of which
+            adapter g draws stream g; or ``None``: no dropout.
         threshold: ``round(p * 65536)``; only a seed needs it.
         grad_dtype: of the result.
         aligned: what ``has_aligned_rows`` says of the dys, weights and the result, if known.
+        out: the result if the caller has made it: ``[..., K]``, contiguous, M rows in all.
         config: the tile; by default the tuned one, or one that runs everywhere.
 
     Returns:
         ``[M, K]`` in ``grad_dtype``.
     """
-    dx = dhs[0].new_empty((dhs[0].shape[0], lora_as[0].shape[1]), dtype=grad_dtype)
-    rank = max(a.shape[0] for a in lora_as)
-    mask_kind = "none" if masks is None else "bits" if masks[0].dtype == torch.uint8 else "seed"
-    terms = [
-        _LowRank(
-            dh,
-            dh.stride(0),
-            a,
-            a.stride(0),
-            a.stride(1),
-            a.shape[0],
-            dh if masks is None else masks[g],
-            masks[g].stride(0) if masks is not None and mask_kind == "bits" else 0,
-        )
-        for g, (dh, a) in enumerate(zip(dhs, lora_as, strict=True))
-    ]
-    products = list(zip(dys, weights, strict=True))
-    assert len(products) <= MAX_SIBLINGS, f"{len(products)} siblings, at most {MAX_SIBLINGS}"
-    shape = _Shape(rank, False, mask_kind, aligned, config)
-    _launch(dx, products, terms, None, 1.0, threshold, shape)
+    dx = out
+    if dx is None:
+        dx = dhs[0].new_empty((dhs[0].shape[0], lora_as[0].shape[1]), dtype=grad_dtype)
+    terms, largest = (), 0
+    for g, (dh, a) in enumerate(zip(dhs, lora_as, strict=True)):
+        rank, stride_ar, stride_ak = a.shape[0], *a.stride()
+        largest = max(largest, rank)
+        keep, stride_mask = dh, 0
+        if isinstance(mask, Tensor):
+            keep = mask
+        elif mask is not None:
+            keep = mask[g]
+            stride_mask = keep.stride(0)
+        terms += (_LowRank(dh, dh.stride(0), a, stride_ar, stride_ak, rank, keep, stride_mask),)
+    assert len(dys) <= MAX_SIBLINGS, f"{len(dys)} siblings, at most {MAX_SIBLINGS}"
+    kind = mask_kind(mask)
+    _launch(dx, dys, weights, terms, None, 1.0, threshold, False, largest, kind, aligned, config)
     return dx
-
-
-class _Shape(NamedTuple):
-    """What the two forms differ in."""
-
-    rank: int  # the largest
-    forward: bool
-    mask: str  # as the kernel's MASK
-    aligned: bool | None
-    config: TileConfig | None
 
 
 def _launch(
     out: Tensor,
-    products: Sequence[tuple[Tensor, Tensor]],
-    terms: Sequence[_LowRank],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    terms: tuple[_LowRank, ...],
     bias: Tensor | None,
     gain: float,
     threshold: int,
-    shape: _Shape,
+    forward: bool,
+    rank: int,
+    mask: str,
+    aligned: bool | None,
+    config: TileConfig | None,
 ) -> None:
-    m, n = out.shape
+    n = out.shape[-1]
+    m = (terms[0].h if terms else lefts[0]).shape[0]
     if m == 0:
         return
-    if shape.aligned is None:
-        operands = (out, *chain.from_iterable(products))
-        shape = shape._replace(aligned=all(map(has_aligned_rows, operands)))
-    h_dtype = terms[0].h.dtype if terms else None
-    dtype, depth = out.dtype, 0
-    if products:
-        dtype, depth = products[0][0].dtype, products[0][0].shape[1]
-    elif h_dtype is not None:
-        dtype = h_dtype
+    if aligned is None:
+        rows_of_out = out.element_size() * n % 16 == 0 and out.data_ptr() % 16 == 0
+        aligned = rows_of_out and all(map(has_aligned_rows, (*lefts, *rights)))
+    h_dtype = terms[0].h.dtype if terms else out.dtype
+    dtype, depth, layouts = h_dtype, 0, ()
+    for left, right in zip(lefts, rights, strict=True):
+        (stride_lm, stride_lk), (stride_rn, stride_rk) = left.stride(), right.stride()
+        if not forward:
+            stride_rn, stride_rk = stride_rk, stride_rn
+        dtype, width = left.dtype, left.shape[1]
+        layouts += (_Layout(stride_lm, stride_lk, stride_rn, stride_rk, width),)
+        depth += width
     fp32_term = h_dtype == torch.float32
     precision = dot_precision(torch.float32 if fp32_term else dtype)
-    key = (m, n, depth, dtype, fp32_term, precision)
-    settings = _settings(shape, out.device, *key)
-    sources: list[Any] = [None] * (2 * MAX_SIBLINGS)
-    for g, (left, right) in enumerate(products):
-        sources[2 * g] = _describe(left, settings.left_tile) if settings.described else left
-        sources[2 * g + 1] = _describe(right, settings.right_tile) if settings.described else right
-    _low_rank_gemm_kernel[settings.grid](
-        *sources,
-        tuple(_layout(left, right, shape.forward) for left, right in products),
-        _describe(out, settings.out_tile) if settings.described else out,
-        tuple(terms),
-        bias,
+    grid, described, out_tile, left_tile, right_tile, constants = _settings(
+        config,
+        out.device,
+        dtype,
         m,
         n,
-        gain,
-        threshold,
-        **settings.constants,
+        depth,
+        rank,
+        len(terms),
+        forward,
+        mask,
+        aligned,
+        fp32_term,
+        precision,
     )
-
-
-class _Settings(NamedTuple):
-    """What a launch is made of, worked out once for each shape."""
-
-    grid: tuple[int]
-    described: bool  # tiles are copied by descriptors, of these shapes
-    out_tile: list[int]
-    left_tile: list[int]
-    right_tile: list[int]
-    constants: dict[str, Any]  # the kernel's compile-time arguments
+    sources: list[Any] = [None] * (2 * MAX_SIBLINGS)
+    sources[0 : 2 * len(lefts) : 2] = lefts
+    sources[1 : 2 * len(lefts) : 2] = rights
+    target: Any = out
+    if described:
+        for g in range(0, 2 * len(lefts), 2):
+            sources[g] = _describe(sources[g], left_tile)
+            sources[g + 1] = _describe(sources[g + 1], right_tile)
+        target = _descriptor(out, [m, n], [n, 1], out_tile)
+    _low_rank_gemm_kernel[grid](
+        *sources, layouts, target, terms, bias, m, n, gain, threshold, **constants
+    )
 
 
 @cached_by_shape
 def _settings(
-    shape: _Shape,
+    config: TileConfig | None,
     device: torch.device,
+    dtype: torch.dtype,
     m: int,
     n: int,
     depth: int,
-    dtype: torch.dtype,
+    rank: int,
+    siblings: int,
+    forward: bool,
+    mask: str,
+    aligned: bool,
     fp32_term: bool,
     precision: str,
-) -> _Settings:
-    limits, forward, config = device_limits(device), shape.forward, shape.config
+) -> tuple[tuple[int], bool, list[int], list[int], list[int], dict[str, Any]]:
+    """Return what a launch is made of.
+
+    The grid, whether tiles are copied by descriptors, the tiles of the result and of the two
+    operands, and the kernel's compile-time arguments.
+    """
+    limits = device_limits(device)
     half = dtype != torch.float32
     if config is None:
         config = tile_config_for(
@@ -329,62 +373,63 @@ def _settings(
             m,
             n=n if forward else depth,
             k=depth if forward else n,
-            r=shape.rank,
+            r=rank,
+            siblings=max(1, siblings),
             wide_rank=fp32_term and half,
-            aligned=bool(shape.aligned),
+            aligned=aligned,
         )
-    if shape.mask == "seed" and config.block_n > 128:
+    if mask == "seed" and config.block_n > 128:
         # Drawing takes registers: 128 x 256 would spill 400 bytes a thread (sm_90, 8 warps).
         config = replace(config, block_n=128)
     if half and fp32_term and limits.capability >= 80:
         # An fp32 low-rank term of a half-precision result: three TF32 products keep 22 bits of it,
         # and exact fp32 would spill (no tensor cores).
         precision = "tf32x3"
-    # One program fills a processor, but for the masked term alone: small tiles without a pipeline.
+    # One program fills a processor, but for the low-rank term alone: small tiles without a
+    # pipeline.
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
-    right_tile = [config.block_n, config.block_k] if forward else [config.block_k, config.block_n]
-    described = bool(shape.aligned) and has_descriptors(limits)
+    described = aligned and has_descriptors(limits)
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "BLOCK_R": min(_MAX_FP32_BLOCK_R if fp32_term else _MAX_BLOCK_R, padded_rank(shape.rank)),
+        "BLOCK_R": min(_MAX_FP32_BLOCK_R if fp32_term else _MAX_BLOCK_R, padded_rank(rank)),
         "GROUP_M": config.group_m,
         "PARTS": config.parts,
         "RIGHT_IS_TRANSPOSED": forward,
-        "MASK": shape.mask,
+        "MASK": mask,
         "USE_DESCRIPTORS": described,
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return _Settings(
+    return (
         (min(tiles, limits.processors * (1 if depth else 8)),),
         described,
         [config.block_m, config.block_n // config.parts],
         [config.block_m, config.block_k],
-        right_tile,
+        [config.block_n, config.block_k] if forward else [config.block_k, config.block_n],
         constants,
     )
 
 
-def _layout(left: Tensor, right: Tensor, forward: bool) -> _Layout:
-    (left_m, left_k), (row, column) = left.stride(), right.stride()
-    right_n, right_k = (row, column) if forward else (column, row)
-    return _Layout(left_m, left_k, right_n, right_k, left.shape[1])
-
-
 def _describe(matrix: Tensor, tile: list[int]) -> TensorDescriptor:
-    """Return ``TensorDescriptor.from_tensor(matrix, tile)`` of a matrix with aligned rows.
+    """Return ``TensorDescriptor.from_tensor(matrix, tile)`` of a matrix with aligned rows."""
+    return _descriptor(matrix, list(matrix.shape), list(matrix.stride()), tile)
 
-    Its own checks, which ``has_aligned_rows`` has made, take 1.5 us of the host's time each, and a
-    forward has three.
+
+def _descriptor(
+    tensor: Tensor, shape: list[int], strides: list[int], tile: list[int]
+) -> TensorDescriptor:
+    """Return a descriptor without its own checks, which ``has_aligned_rows`` has made.
+
+    They take 1.5 us of the host's time each, and a forward has three.
     """
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     descriptor.__dict__.update(
-        base=matrix,
-        shape=list(matrix.shape),
-        strides=list(matrix.stride()),
+        base=tensor,
+        shape=shape,
+        strides=strides,
         block_shape=tile,
         padding="zero",
         round_f32_to_tf32=False,

@@ -1,6 +1,6 @@
 """The dropout mask inside a kernel: drawn from a seed, or read back as packed bits.
 
-    lanes = philox(counter=(row, column // 8, 0, 0), key=seed)     8 lanes of 16 bits, 7 rounds
+    lanes = philox(counter=(row, column // 8, stream, 0), key=seed)     8 lanes of 16 bits, 7 rounds
     keep  = lanes[column % 8] >= threshold
 
 The definition, with its reasons and source, is ``fastlora/dropout.py``; the two give the same bits.
@@ -11,8 +11,16 @@ or loaded, so that the two cannot differ: 10 instructions an element when drawn,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def mask_kind(mask: Sequence[Tensor] | Tensor | None) -> str:
+    """Return the kernels' MASK: bits are a list, one for each sibling; a seed is one tensor."""
+    return "none" if mask is None else "seed" if isinstance(mask, Tensor) else "bits"
 
 
 @triton.jit
@@ -24,10 +32,10 @@ def _keep_pair(word, threshold):
 
 
 @triton.jit
-def draw_bits(seed, rows, blocks, threshold):
+def draw_bits(seed, rows, blocks, stream, threshold):
     """Draw the keep bits of 8 columns a counter: int32 in ``[0, 256)``, of the broadcast shape."""
     zeros = rows * 0 + blocks * 0
-    words = tl.philox(seed, rows + zeros, blocks + zeros, zeros, zeros, n_rounds=7)
+    words = tl.philox(seed, rows + zeros, blocks + zeros, zeros + stream, zeros, n_rounds=7)
     bits = _keep_pair(words[0], threshold) | (_keep_pair(words[1], threshold) << 2)
     return bits | (_keep_pair(words[2], threshold) << 4) | (_keep_pair(words[3], threshold) << 6)
 
@@ -40,7 +48,7 @@ def expand_bits(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_bits(mask_ptr, stride_mask, first_row, M, first_column, N, threshold,
+def load_bits(mask_ptr, stride_mask, first_row, M, first_column, N, stream, threshold,
               FROM_SEED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Return the keep bits of a tile as bytes ``[ROWS, COLUMNS / 8]``, drawn or loaded.
 
@@ -51,6 +59,7 @@ def load_bits(mask_ptr, stride_mask, first_row, M, first_column, N, threshold,
         M: rows of the whole mask.
         first_column: first column of the tile, a multiple of 8.
         N: columns of the whole mask.
+        stream: number of the sibling; unused with bytes, of which each sibling has its own.
         threshold: ``round(p * 65536)``; unused with bytes.
         FROM_SEED: draw instead of load.
         ROWS: of the tile.
@@ -59,7 +68,7 @@ def load_bits(mask_ptr, stride_mask, first_row, M, first_column, N, threshold,
     rows = first_row + tl.arange(0, ROWS)[:, None]
     blocks = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     if FROM_SEED:
-        bits = draw_bits(tl.load(mask_ptr), rows, blocks, threshold)
+        bits = draw_bits(tl.load(mask_ptr), rows, blocks, stream, threshold)
     else:
         inside = (rows < M) & (blocks * 8 < N)
         offsets = rows.to(tl.int64) * stride_mask + blocks

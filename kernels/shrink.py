@@ -4,13 +4,15 @@
 
 Grid: (row blocks, splits of K); each program owns BLOCK_M rows of every ``h_g``.
 Why: all ranks fit one tile, so ``x``, the only large operand, is read once for all siblings, and
-the mask is drawn where ``x`` already is. A batch with too few row blocks to fill the device splits
-K; the fp32 partial results are then added in a fixed order, never by atomics.
+the mask is drawn where ``x`` already is: sibling g draws stream g of the one seed. A batch with too
+few row blocks to fill the device splits K; the fp32 partial results are then added in a fixed
+order, never by atomics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -39,24 +41,22 @@ class _Adapter(NamedTuple):
     stride_ar: int
     stride_ak: int
     rank: int
-    h: Tensor  # [M, R], or fp32 partial results [splits, M, R]
-    stride_hs: int
-    stride_hm: int
-    seed: Tensor  # one int64, or anything without dropout
+    h: Tensor  # [M, R], or the scratch of all adapters' partial results
+    first: int  # the element of the scratch at which this adapter's [splits, M, R] begin
     bits: Tensor  # [M, ceil(K / 8)] uint8, or anything if they are not written
-    stride_bm: int
 
 
 @triton.jit(do_not_specialize=["M", "gain", "threshold"])
 def _shrink_kernel(
     # tensors
     x_ptr,
+    seed_ptr,  # one int64; None without dropout
     adapters,
     # sizes
     M,
     K,
     columns_per_split,
-    # strides, in elements
+    # strides, in elements; results and partial results are contiguous
     stride_xm,
     stride_xk,
     # run-time scalars
@@ -88,13 +88,14 @@ def _shrink_kernel(
             kept = x
             if HAS_DROPOUT:
                 bits = load_bits(
-                    adapter.seed, 0, first_row, M, column, K, threshold, True, BLOCK_M, BLOCK_K
+                    seed_ptr, 0, first_row, M, column, K, g, threshold, True, BLOCK_M, BLOCK_K
                 )
                 kept = tl.where(expand_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
                 if WRITE_BITS:
+                    row_bytes = tl.cdiv(K, 8)
                     store_tile(
-                        adapter.bits, adapter.stride_bm, 1, first_row, M, column // 8,
-                        tl.cdiv(K, 8), bits, BLOCK_M, BLOCK_K // 8,
+                        adapter.bits, row_bytes, 1, first_row, M, column // 8, row_bytes, bits,
+                        BLOCK_M, BLOCK_K // 8,
                     )  # fmt: skip
             a_t = load_tile(
                 adapter.a, adapter.stride_ak, adapter.stride_ar, column, K, zero, adapter.rank,
@@ -106,9 +107,9 @@ def _shrink_kernel(
         accumulators = updated
     for g in tl.static_range(len(adapters)):
         adapter = adapters[g]
-        h_ptr = adapter.h + split.to(tl.int64) * adapter.stride_hs
+        offset = tl.cast(adapter.first, tl.int64) + split.to(tl.int64) * adapter.rank * M
         store_tile(
-            h_ptr, adapter.stride_hm, 1, first_row, M, zero, adapter.rank,
+            adapter.h + offset, adapter.rank, 1, first_row, M, zero, adapter.rank,
             accumulators[g] * gain, BLOCK_M, BLOCK_R,
         )  # fmt: skip
 
@@ -116,7 +117,7 @@ def _shrink_kernel(
 def shrink(
     x: Tensor,
     lora_as: Sequence[Tensor],
-    seeds: Sequence[Tensor] | None = None,
+    seed: Tensor | None = None,
     threshold: int = 0,
     *,
     rank_dtype: torch.dtype,
@@ -129,7 +130,8 @@ def shrink(
     Args:
         x: ``[M, K]``, any strides and float dtype; cast to ``rank_dtype`` as it is loaded.
         lora_as: for each adapter ``[R_g, K]``, any strides and float dtype, likewise.
-        seeds: for each adapter its dropout seed, one int64 on the device; ``None``: no dropout.
+        seed: of dropout, one int64 on the device, of which adapter g draws stream g; ``None``: no
+            dropout.
         threshold: ``round(p * 65536)``.
         rank_dtype: dtype of the operands of the products and of ``h``.
         return_bits: also write the masks.
@@ -141,39 +143,38 @@ def shrink(
         list unless ``return_bits``).
     """
     m, k = x.shape
-    hs = [x.new_empty((m, a.shape[0]), dtype=rank_dtype) for a in lora_as]
-    write_bits = return_bits and seeds is not None
-    bits = [x.new_empty((m, -(-k // 8)), dtype=torch.uint8) for _ in lora_as if write_bits]
+    dropped = seed is not None
+    write_bits = return_bits and dropped
+    hs, bits, ranks = [], [], ()
+    for a in lora_as:
+        rank = a.shape[0]
+        ranks += (rank,)
+        hs.append(x.new_empty((m, rank), dtype=rank_dtype))
+        if write_bits:
+            bits.append(x.new_empty((m, -(-k // 8)), dtype=torch.uint8))
     if m == 0:
         return hs, bits
-    rank = max(a.shape[0] for a in lora_as)
     dtypes = (x.dtype, lora_as[0].dtype, rank_dtype)
-    masks = (seeds is not None, write_bits)
-    sizes = (m, k, rank, len(lora_as))
     precision = dot_precision(rank_dtype)
-    grid, columns, constants = _settings(config, x.device, dtypes, sizes, masks, precision)
-    splits = grid[1]
-    targets = hs
-    if splits > 1:
-        targets = [x.new_empty((splits, *h.shape), dtype=torch.float32) for h in hs]
-    adapters = tuple(
-        _Adapter(
-            a,
-            a.stride(0),
-            a.stride(1),
-            a.shape[0],
-            target,
-            target.stride(0) if splits > 1 else 0,
-            a.shape[0],
-            x if seeds is None else seeds[g],
-            bits[g] if write_bits else target,
-            -(-k // 8) if write_bits else 0,
-        )
-        for g, (a, target) in enumerate(zip(lora_as, targets, strict=True))
+    grid, columns, scratch_size, firsts, constants = _settings(
+        config, x.device, *dtypes, m, k, ranks, dropped, write_bits, precision
     )
-    _shrink_kernel[grid](x, adapters, m, k, columns, *x.stride(), gain, threshold, **constants)
-    if splits > 1:
-        add_partials([PartialSum(target, h, 1.0) for target, h in zip(targets, hs, strict=True)])
+    scratch = x.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
+    adapters, sums = (), ()
+    for g, a in enumerate(lora_as):
+        h, rank, first = hs[g], ranks[g], firsts[g]
+        target = h if scratch is None else scratch
+        stride_ar, stride_ak = a.stride()
+        adapters += (
+            _Adapter(a, stride_ar, stride_ak, rank, target, first, bits[g] if write_bits else h),
+        )
+        if scratch is not None:
+            sums += (PartialSum(scratch, h, 1.0, first, grid[1], m, rank, rank, 1),)
+    _shrink_kernel[grid](
+        x, seed, adapters, m, k, columns, *x.stride(), gain, threshold, **constants
+    )
+    if sums:
+        add_partials(sums)
     return hs, bits
 
 
@@ -181,29 +182,45 @@ def shrink(
 def _settings(
     config: TileConfig | None,
     device: torch.device,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    sizes: tuple[int, int, int, int],
-    masks: tuple[bool, bool],
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    rank_dtype: torch.dtype,
+    m: int,
+    k: int,
+    ranks: tuple[int, ...],
+    has_dropout: bool,
+    write_bits: bool,
     precision: str,
-) -> tuple[tuple[int, int], int, dict[str, Any]]:
-    """Return the grid, the columns of one split, and the kernel's compile-time arguments."""
-    (x_dtype, a_dtype, rank_dtype), (m, k, rank, adapters) = dtypes, sizes
+) -> tuple[tuple[int, int], int, int, tuple[int, ...], dict[str, Any]]:
+    """Return what a launch is made of.
+
+    The grid, the columns of one split, the elements of the scratch (0 without splits), where each
+    adapter's begin, and the kernel's compile-time arguments.
+    """
+    rank, siblings = max(ranks), len(ranks)
     block_r = padded_rank(rank)
-    together = block_r * adapters
-    config = config or tile_config_for("shrink", device, rank_dtype, m, k=k, r=together)
+    config = config or tile_config_for(
+        "shrink", device, rank_dtype, m, k=k, r=rank, siblings=siblings
+    )
+    together = block_r * siblings
     stage_bytes = config.block_k * (config.block_m * x_dtype.itemsize + together * a_dtype.itemsize)
     kept_bytes = config.block_m * config.block_k * rank_dtype.itemsize
     config = with_stages_that_fit(config, device_limits(device), stage_bytes, kept_bytes)
     columns = -(-k // (config.splits * config.block_k)) * config.block_k
+    splits = -(-k // columns)
+    *firsts, size = accumulate((splits * m * each for each in ranks), initial=0)
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": block_r,
         "RANK_DTYPE": triton_dtype(rank_dtype),
         "PRECISION": precision,
-        "HAS_DROPOUT": masks[0],
-        "WRITE_BITS": masks[1],
+        "HAS_DROPOUT": has_dropout,
+        "WRITE_BITS": write_bits,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return (-(-m // config.block_m), -(-k // columns)), columns, constants
+    grid = (-(-m // config.block_m), splits)
+    if splits == 1:
+        return grid, columns, 0, (0,) * siblings, constants
+    return grid, columns, size, tuple(firsts), constants

@@ -140,13 +140,16 @@ def default_tile(
     k: int,
     r: int,
     *,
+    siblings: int = 1,
     wide_rank: bool = False,
     aligned: bool = True,
 ) -> TileConfig:
-    """Return a tile that fits every supported device and spills no registers on any.
+    """Return a tile that fits every supported device, and spills next to no registers.
 
     ``make targets`` compiles them all; where a comment says that something spills, it is what that
-    command said of the next larger tile (Triton 3.7).
+    command said of the next larger tile (Triton 3.7). Groups of siblings still spill a
+    little on sm_89 and sm_120: 8 to 16 bytes a thread where ptxas keeps to a number of registers
+    that lets more programs run at once, and 112 with four siblings whose terms are fp32.
 
     Args:
         operation: ``"shrink"``, ``"low_rank_gemm"``, ``"input_grad"``, ``"output_pass"`` (dh and dB
@@ -154,32 +157,55 @@ def default_tile(
         limits: of the device.
         dtype: of the operands of the products.
         m: rows.
-        n: out features; 0 where they play no part, as in the masked term of ``input_grad`` alone.
-        k: in features; likewise.
-        r: rank; of several siblings together the sum of their padded ranks.
+        n: out features, of several siblings the sum; 0 where they play no part, as in the masked
+            term of ``input_grad`` alone.
+        k: in features; likewise, as in ``low_rank_term``.
+        r: rank of one sibling.
+        siblings: projections of the same input that share the launch.
         wide_rank: the low-rank term of a half-precision GEMM is fp32.
         aligned: rows start on 16-byte boundaries.
     """
     wide, rank = dtype == torch.float32, padded_rank(r)
-    if operation == "input_grad" and n == 0:  # the masked term alone: bound by its store
-        return TileConfig(32, 64, 16, num_warps=4, num_stages=1)
+    depth = {"low_rank_gemm": k, "input_grad": n}.get(operation)
+    if depth == 0:  # the low-rank term alone: bound by its store
+        if siblings > 3:  # 32 x 64 spills 8 to 16 bytes a thread (sm_89, sm_120)
+            return TileConfig(32, 32, 16, num_warps=4, num_stages=1)
+        # In one part, siblings spill 8 bytes a thread (sm_89, sm_90).
+        return TileConfig(32, 64, 16, parts=2 if siblings > 1 else 1, num_warps=4, num_stages=1)
     if operation in ("low_rank_gemm", "input_grad"):
-        return _default_gemm_tile(operation, limits, wide, wide_rank, aligned)
+        if limits.capability == 120 and wide_rank and siblings > 1 and not wide:
+            # 128 x 64 spills 48 to 64 bytes a thread.
+            return TileConfig(64, 64, 32, num_warps=4, num_stages=3)
+        if siblings > 3 and not wide:
+            # 128 x 256 spills 56 bytes a thread (sm_90) and 64 x 64 96; in two parts, 128 x 64
+            # spills 32 (sm_120).
+            parts = 1 if limits.capability == 120 else 2
+            return TileConfig(128, 64, 32, parts=parts, num_warps=8, num_stages=3)
+        # Two siblings with an fp32 term spill 8 bytes a thread in 128 x 128 (sm_80): the tile of
+        # rows that are not aligned is narrower.
+        small = not aligned or (wide_rank and siblings > 1)
+        many = siblings > 2 and rank > 32
+        return _default_gemm_tile(operation, limits, wide, wide_rank, not small, many)
+    if operation in ("shrink", "input_pass"):  # every sibling has an accumulator in each thread
+        rank = padded_rank(rank * siblings)
     stages = 2 if wide or rank > 64 or limits.capability == 0 else 3
     if operation == "shrink":
-        block_m, block_k = _shrink_block(wide, rank)
+        block_m, block_k, warps = _shrink_block(limits, wide, rank, siblings)
         return TileConfig(
             block_m=block_m,
             block_k=block_k,
             splits=_splits(limits, -(-m // block_m), k, at_least=512),
-            num_warps=4 if wide or (rank == 64 and limits.capability != 100) else 8,
+            num_warps=warps,
             num_stages=stages,
         )
     if operation == "output_pass":
         # High tiles: every row block writes a whole partial dB, 33 MB in all at 128 rows a block
         # and 17 at 256 (M = 8192, N = 4096, rank 16), beside 67 MB of dy.
         block_m = 32 if wide else 256 if aligned else 64
+        if siblings > 1 and limits.capability == 120:  # 256 rows spill 8 bytes under autocast
+            block_m = min(block_m, 128)
         large = limits.shared_bytes >= 160 * 1024 and rank <= 32 and not wide
+        large = large and limits.capability != 100  # 64 columns spill 8 bytes under autocast
         return TileConfig(
             block_m=block_m,
             block_n=64 if large else 32,
@@ -188,7 +214,12 @@ def default_tile(
             num_stages=stages,
         )
     if operation == "input_pass":
-        block_n = (128 if rank <= 64 else 64) if not wide else 32 if rank <= 64 else 16
+        # Siblings that draw their masks spill: four of rank 16 in 128 columns 8 bytes a thread,
+        # three of rank 256 in 64 columns 72 (sm_90).
+        half_n = 32 if rank > 512 else 64 if rank > 64 or siblings > 3 else 128
+        if siblings > 1 and rank > 256 and limits.capability == 120:
+            half_n //= 2  # 8 bytes otherwise
+        block_n = half_n if not wide else 32 if rank <= 64 else 16
         return TileConfig(
             block_m=64 if rank <= 64 and not wide else 32,
             block_n=block_n,
@@ -199,14 +230,27 @@ def default_tile(
     raise ValueError(f"no such operation: {operation!r}")
 
 
-def _shrink_block(wide: bool, rank: int) -> tuple[int, int]:
-    if rank <= 64:
-        return (32, 32) if wide else (64, 64)
-    return (16, 16) if wide else (32, 32)
+def _shrink_block(
+    limits: DeviceLimits, wide: bool, rank: int, siblings: int
+) -> tuple[int, int, int]:
+    """Return rows, depth and warps; ``rank`` is the siblings' together."""
+    if wide:
+        if siblings > 1:  # in 32 x 32, and above rank 64 in four warps, two spill 8 bytes a thread
+            return (32, 16, 4) if rank <= 64 else (16, 16, 8)
+        return (32, 32, 4) if rank <= 64 else (16, 16, 4)
+    if rank > 512:  # four siblings of rank 256 spill 16 bytes a thread in 32 x 32
+        return 16, 32, 8
+    deepest = {100: 256, 120: 64}.get(limits.capability, 0)
+    if siblings > 1 and rank <= deepest:
+        return 64, 32, 8  # 64 x 64 spills 16 to 32 bytes a thread (three siblings of rank 16)
+    if rank > 64:
+        return 32, 32, 8
+    # Four siblings in four warps spill 8 bytes a thread under autocast (sm_80).
+    return 64, 64, 4 if rank == 64 and siblings < 4 and limits.capability != 100 else 8
 
 
 def _default_gemm_tile(
-    operation: str, limits: DeviceLimits, wide: bool, wide_rank: bool, aligned: bool
+    operation: str, limits: DeviceLimits, wide: bool, wide_rank: bool, aligned: bool, many: bool
 ) -> TileConfig:
     if wide:
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
@@ -215,7 +259,8 @@ def _default_gemm_tile(
     if not aligned:  # loads of single elements take an address each
         return TileConfig(128, 64, 32, parts=2, num_warps=8, num_stages=3)
     if limits.capability == 90:
-        if wide_rank:  # 256 columns spill 216 to 392 bytes a thread
+        # 256 columns spill 216 to 392 bytes a thread, and 8 with three siblings above rank 32.
+        if wide_rank or many:
             return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
         # 208 of 227 KiB, and no spills with mask bits up to rank 256
         return TileConfig(128, 256, 64, parts=4, num_warps=8, num_stages=4)
@@ -269,14 +314,18 @@ class TileKey:
     k: int
     r: int
     m: int
+    siblings: int = 1  # what a table does not say: older ones know no groups
 
 
-def tile_key(operation: str, dtype: torch.dtype, m: int, n: int, k: int, r: int) -> TileKey:
-    """Return the key that a call with these sizes is looked up by."""
+def tile_key(
+    operation: str, dtype: torch.dtype, m: int, n: int, k: int, r: int, siblings: int = 1
+) -> TileKey:
+    """Return the key that a call with these sizes is looked up by (see ``default_tile``)."""
     bucket = next((size for size in M_BUCKETS if m <= size), M_BUCKETS[-1])
     n = 0 if operation in ("shrink", "input_pass") else n
     k = 0 if operation == "output_pass" else k
-    return TileKey(operation, str(dtype).removeprefix("torch."), n, k, padded_rank(r), bucket)
+    name = str(dtype).removeprefix("torch.")
+    return TileKey(operation, name, n, k, padded_rank(r), bucket, siblings)
 
 
 def device_slug(name: str) -> str:
@@ -364,6 +413,7 @@ def tile_config_for(
     n: int = 0,
     k: int = 0,
     r: int,
+    siblings: int = 1,
     wide_rank: bool = False,
     aligned: bool = True,
 ) -> TileConfig:
@@ -373,10 +423,21 @@ def tile_config_for(
     """
     limits = device_limits(device)
     if aligned and not wide_rank:
-        entry = tuned_entries(limits.name).get(tile_key(operation, dtype, m, n, k, r))
+        entry = tuned_entries(limits.name).get(tile_key(operation, dtype, m, n, k, r, siblings))
         if entry is not None and entry.get("tile"):
             return TileConfig(**entry["tile"])
-    return default_tile(operation, limits, dtype, m, n, k, r, wide_rank=wide_rank, aligned=aligned)
+    return default_tile(
+        operation,
+        limits,
+        dtype,
+        m,
+        n,
+        k,
+        r,
+        siblings=siblings,
+        wide_rank=wide_rank,
+        aligned=aligned,
+    )
 
 
 def has_aligned_rows(matrix: Tensor) -> bool:

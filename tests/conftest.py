@@ -67,27 +67,35 @@ class Spy:
     """Counts of the forward calls of patched layers, by the path they took."""
 
     fused: int = 0
+    together: int = 0  # of those, the ones that were computed with their siblings
     peft: int = 0
 
     def reset(self) -> None:
-        self.fused = self.peft = 0
+        self.fused = self.together = self.peft = 0
 
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    from fastlora import layers
+    from fastlora import layers, siblings
 
     counts = Spy()
-    fused, plain = layers.apply_lora_linear, layers.PeftLinear.forward
+    fused, together = layers.apply_lora_linear, siblings.apply_siblings
+    plain = layers.PeftLinear.forward
 
     def counted_fused(*args):
         counts.fused += 1
         return fused(*args)
+
+    def counted_together(x, weights, *args):
+        counts.fused += len(weights)
+        counts.together += len(weights)
+        return together(x, weights, *args)
 
     def counted_plain(self, *args, **kwargs):
         counts.peft += type(self) is layers.LoRALinear
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(layers, "apply_lora_linear", counted_fused)
+    monkeypatch.setattr(siblings, "apply_siblings", counted_together)
     monkeypatch.setattr(layers.PeftLinear, "forward", counted_plain)
     return counts

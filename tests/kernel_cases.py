@@ -39,15 +39,15 @@ def seed_of(number: int) -> Tensor:
     return torch.tensor(number, dtype=torch.int64, device=DEVICE)
 
 
-def draw_mask(
-    kind: str, number: int, rows: int, columns: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the same mask twice: as a kernel takes it (bits or seed) and as bools."""
+def draw_masks(
+    kind: str, siblings: int, rows: int, columns: int
+) -> tuple[list[Tensor] | Tensor | None, list[Tensor | None]]:
+    """Return the siblings' masks twice: as a kernel takes them (bits or a seed) and as bools."""
     if kind == "none":
-        return None, None
-    seed = seed_of(number)
-    keep = dropout.keep_mask(seed, rows, columns, P)
-    return (dropout.pack(keep) if kind == "bits" else seed), keep
+        return None, [None] * siblings
+    seed = seed_of(5 + 2**40)
+    keeps = [dropout.keep_mask(seed, rows, columns, P, stream=g) for g in range(siblings)]
+    return ([dropout.pack(keep) for keep in keeps] if kind == "bits" else seed), keeps
 
 
 def padded_rows(tensor: Tensor, padding: int = 8) -> Tensor:

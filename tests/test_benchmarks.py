@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bench_cpu_step
+import bench_host
 import bench_saved_memory
 import pytest
 from tiny_models import tiny_peft, token_ids
@@ -26,3 +27,40 @@ def test_cpu_step_times_both_providers_on_the_same_model(spy):
     assert len(peft) == len(fast) == rounds
     assert min(peft + fast) > 0
     assert (spy.fused, spy.peft) == (14 * (rounds + 1), 0)
+
+
+@pytest.mark.parametrize("dtype", bench_host.SETTINGS.values(), ids=str)
+def test_host_benchmark_calls_fastlora_fused_and_in_groups(spy, dtype):
+    with bench_host.null_launches():
+        calls = bench_host.build_layers(dtype)
+        for number, (_, both) in enumerate(calls.values(), start=1):
+            both()
+            both()
+            # Twice each: the first two providers are nn.Linear and peft, then every other one ours.
+            ours = number // 3 + number // 5
+            assert (spy.fused, spy.together, spy.peft) == (14 * ours, 10 * ours, 0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "peft", "verdict"),
+    [
+        pytest.param(3.5, 8.75, "kept", id="both-to-the-limit"),
+        pytest.param(3.6, 20.0, "EXCEEDED", id="bare"),
+        pytest.param(3.0, 7.0, "EXCEEDED", id="peft"),
+    ],
+)
+def test_host_benchmark_compares_with_the_bare_linears_and_with_peft_of_the_same_dropout(
+    monkeypatch, capsys, ours, peft, verdict
+):
+    us = {"peft": peft, "peft, p = 0.1": 80.0, "fastlora": ours, "fastlora, p = 0.1": 3.0}
+
+    def measure(functions, rounds, calls):
+        return {(name, i): 7 * us.get(name, 1.0) for name, i in functions}
+
+    monkeypatch.setattr(bench_host, "measure", measure)
+    bench_host.compare_layers("fp32, without autocast", 1, 1)
+    lines = capsys.readouterr().out.splitlines()
+    ends = ("kept", "EXCEEDED")
+    verdicts = {line[:20].strip(): line.split()[-1] for line in lines if line.endswith(ends)}
+    assert verdicts["fastlora"] == verdict
+    assert verdicts["fastlora, p = 0.1"] == "kept"

@@ -12,7 +12,7 @@ import counts
 import pytest
 import torch
 from accuracy import assert_as_accurate, output_gradient
-from shapes import DROPOUT, LORAFUSION, MODELS, RANK, Linear
+from shapes import DROPOUT, GROUPS, INPUTS, LORAFUSION, MODELS, RANK, Linear
 
 import fastlora
 from fastlora import dropout, plans
@@ -33,13 +33,19 @@ def poisoned_empty():
 def no_tuned_tiles(monkeypatch, tmp_path):
     """Count with default tiles, so that the number of launches does not follow the table."""
     monkeypatch.setattr(tile_config, "TUNED", tmp_path)
-    counts.count.cache_clear()
+    counts.clear()
     yield tmp_path
-    counts.count.cache_clear()
+    counts.clear()
 
 
 def empty(*shape, dtype=BF16):
     return torch.empty(shape, dtype=dtype)
+
+
+def both(provider, plan, shape, m):
+    """Count forward and backward of one linear together."""
+    forward, backward = counts.count(provider, plan, shape, m)
+    return forward + backward
 
 
 def counted(function, *tensors, **kwargs):
@@ -108,7 +114,7 @@ def test_a_kernel_moves_each_tensor_in_its_arguments_once_and_partial_results_tw
     with counts.recording() as recorder:
         x, a, seed = empty(m, k), empty(r, k), torch.empty((), dtype=torch.int64)
         shrink.shrink(
-            x, [a], [seed], dropout.threshold(0.5), rank_dtype=BF16, return_bits=True, config=config
+            x, [a], seed, dropout.threshold(0.5), rank_dtype=BF16, return_bits=True, config=config
         )
     found = recorder.counts()
     operands = 2 * (m * k + r * k + m * r) + m * k // 8 + 8
@@ -132,9 +138,8 @@ def test_an_expanded_dy_costs_a_kernel_what_it_holds():
 
     def run(dy):
         with counts.recording() as recorder:
-            adapter_grads.adapter_grads(
-                dy(), None, empty(m, r), empty(n, r), None, 1.0, rank_dtype=BF16, grad_dtype=BF16
-            )
+            operands = [dy()], None, [empty(m, r)], [empty(n, r)], None, [1.0]
+            adapter_grads.adapter_grads(*operands, rank_dtype=BF16, grad_dtype=BF16)
         return recorder.counts().bytes
 
     whole, one = run(lambda: empty(m, n)), run(lambda: empty(1, 1).expand(m, n))
@@ -145,7 +150,7 @@ def test_an_expanded_dy_costs_a_kernel_what_it_holds():
 def test_the_fused_plan_moves_what_the_design_says_and_stays_within_the_limits(case):
     m, shape = 8192, LORAFUSION[case]
     n, k, r = shape.n, shape.k, RANK
-    found = counts.count_layer([shape], "fastlora-bf16", "fused", m)
+    found = both("fastlora-bf16", "fused", shape, m)
     x, y, weight, bits, seed = m * k, m * n, n * k, m * k // 8, 8
     thin, a, b = m * r, r * k, n * r
     forward = seed + (2 * (x + a + thin) + seed + bits) + 2 * (x + weight + thin + b + y)
@@ -166,11 +171,11 @@ def test_the_fused_plan_moves_what_the_design_says_and_stays_within_the_limits(c
     ("shape", "p", "provider", "plan", "forward", "backward"),
     [
         (SQUARE, DROPOUT, "fastlora", "fused", 3, 5),
-        (SQUARE, DROPOUT, "fastlora", "hybrid", 5, 6),
+        (SQUARE, DROPOUT, "fastlora", "hybrid", 4, 6),
         (SQUARE, 0.0, "fastlora", "fused", 2, 5),
-        (SQUARE, 0.0, "fastlora", "hybrid", 4, 7),
+        (SQUARE, 0.0, "fastlora", "hybrid", 3, 6),
         (MODELS["Qwen2.5-0.5B"]["q_proj"], DROPOUT, "fastlora", "fused", 3, 5),
-        (MODELS["Qwen2.5-0.5B"]["q_proj"], DROPOUT, "fastlora", "hybrid", 5, 6),
+        (MODELS["Qwen2.5-0.5B"]["q_proj"], DROPOUT, "fastlora", "hybrid", 4, 6),
         (SQUARE, DROPOUT, "frozen", "auto", 1, 1),
         (SQUARE, 0.0, "addmm", "auto", 5, 10),
         (SQUARE, DROPOUT, "peft-bf16", "auto", 6, 8),
@@ -182,20 +187,71 @@ def test_launches_of_one_linear(no_tuned_tiles, shape, p, provider, plan, forwar
     assert [one.launches for one in passes] == [forward, backward]
 
 
-@pytest.mark.parametrize(("plan", "casts"), [("fused", 0), ("hybrid", 1)])
-def test_fp32_adapters_are_cast_inside_the_kernels_and_b_alone_for_cublas(plan, casts):
-    mixed = counts.count_layer([SQUARE], "fastlora", plan, M)
-    half = counts.count_layer([SQUARE], "fastlora-bf16", plan, M)
-    assert mixed.names.get("_to_copy", 0) == casts
-    assert mixed.launches == half.launches + casts
+@pytest.mark.parametrize("plan", ["fused", "hybrid"])
+def test_fp32_adapters_are_cast_inside_the_kernels(plan):
+    mixed, half = (both(provider, plan, SQUARE, M) for provider in ("fastlora", "fastlora-bf16"))
+    assert "_to_copy" not in mixed.names
+    assert mixed.names == half.names
 
 
-@pytest.mark.parametrize("model", MODELS)
+LAYERS = pytest.mark.parametrize("model", MODELS)
+LIMITED = pytest.mark.parametrize("plan", counts.LAUNCH_LIMITS)
+
+
+@LAYERS
+@LIMITED
+def test_launches_of_a_decoder_layer_stay_within_the_promised_limits(no_tuned_tiles, model, plan):
+    forward, backward = counts.record_layer("fastlora", plan, model, 8192).counts
+    assert counts.exceeded(plan, forward, backward) is None
+
+
+@LIMITED
+def test_every_group_draws_one_seed_and_none_without_dropout(plan):
+    for p, seeds in ((DROPOUT, len(GROUPS)), (0.0, 0)):
+        forward, backward = counts.record_layer("fastlora", plan, "Qwen2.5-0.5B", M, p=p).counts
+        assert (forward.names.get(counts.SEED, 0), backward.names.get(counts.SEED, 0)) == (seeds, 0)
+
+
+@LIMITED
+def test_beside_its_frozen_products_a_group_reads_x_twice(plan):
+    """Once for every h of the group, once for every dA."""
+    passes = counts.record_layer("fastlora", plan, "Qwen3-8B", M)
+    product = {"fused": "_low_rank_gemm_kernel", "hybrid": "addmm_"}[plan]
+    for number, names in enumerate(GROUPS):
+        expected = ["_shrink_kernel", *[product] * len(names), "_input_pass_kernel"]
+        assert passes.readers(number) == expected, INPUTS[number]
+
+
+@pytest.mark.parametrize(
+    ("provider", "plan", "additions"),
+    [("frozen", "auto", 3), ("fastlora", "fused", 0), ("fastlora", "hybrid", 0)],
+)
+def test_autograd_adds_up_the_gradients_of_shared_inputs_for_bare_linears_and_not_for_groups(
+    provider, plan, additions
+):
+    _, backward = counts.record_layer(provider, plan, "Qwen2.5-7B", M, p=0.0).counts
+    assert sum(backward.names.get(name, 0) for name in ("add", "add_")) == additions
+
+
+def test_a_layer_of_peft_launches_what_its_linears_do_and_the_additions():
+    """Nothing of it is shared, so that seven linears one by one are a check of the whole."""
+    linears = MODELS["Qwen2.5-0.5B"]
+    whole = counts.record_layer("peft", "auto", "Qwen2.5-0.5B", M).counts
+    parts = [counts.count("peft", "auto", shape, M) for shape in linears.values()]
+    forward, backward = (sum((each[i] for each in parts), counts.Counts()) for i in (0, 1))
+    additions = 2 * M * 3 * 3 * linears["q_proj"].k
+    assert (whole[0].launches, whole[0].bytes) == (forward.launches, forward.bytes)
+    assert whole[1].launches == backward.launches + 3
+    assert whole[1].bytes == backward.bytes + additions
+
+
+@LAYERS
 def test_fused_moves_less_than_hybrid_and_hybrid_less_than_peft(model):
-    sums = {
-        name: counts.count_layer(MODELS[model].values(), provider, plan, M)
+    passes = {
+        name: counts.record_layer(provider, plan, model, M).counts
         for name, (provider, plan) in counts.COLUMNS.items()
     }
+    sums = {name: forward + backward for name, (forward, backward) in passes.items()}
     moved = [sums[name].bytes for name in ("frozen", "fused", "hybrid", "peft-bf16", "peft")]
     assert moved == sorted(moved)
     assert len(set(moved)) == len(moved)
@@ -214,18 +270,24 @@ def test_saved_bytes_are_h_and_one_bit_an_element():
 def test_automatic_plans_follow_the_committed_table_and_no_user_s(
     no_tuned_tiles, monkeypatch, tmp_path_factory
 ):
-    linears = {"square": SQUARE, "wide": Linear(8192, 4096)}
-    key = tile_config.tile_key("low_rank_gemm", BF16, M, 4096, 4096, RANK)
-    table = json.dumps({"entries": [{"key": vars(key), "plan": "fused"}]})
+    linears = MODELS["Qwen3-8B"]
+    n = linears["gate_proj"].n
+    keys = [
+        tile_config.tile_key("low_rank_gemm", BF16, M, n, 4096, RANK),
+        tile_config.tile_key("input_grad", BF16, M, 2 * n, 4096, RANK, siblings=2),
+    ]
+    table = json.dumps({"entries": [{"key": vars(key), "plan": "fused"} for key in keys]})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     tile_config.user_cache().mkdir(parents=True)
     (tile_config.user_cache() / "nvidia-h200.json").write_text(table)
     hybrid = counts.automatic_plans(linears, M)
-    assert hybrid["low_rank_gemm"] == {"square": "hybrid", "wide": "hybrid"}
+    assert set(hybrid["low_rank_gemm"].values()) == {"hybrid"}
+    assert hybrid["input_grad"] == {"/".join(names): "hybrid" for names in GROUPS}
     (no_tuned_tiles / "nvidia-h200.json").write_text(table)
     tuned = counts.automatic_plans(linears, M)
-    assert tuned["low_rank_gemm"] == {"square": "fused", "wide": "hybrid"}
-    assert tuned["input_grad"] == hybrid["input_grad"]
+    fused = {"gate_proj": "fused", "up_proj": "fused"}
+    assert tuned["low_rank_gemm"] == hybrid["low_rank_gemm"] | fused
+    assert tuned["input_grad"] == hybrid["input_grad"] | {"gate_proj/up_proj": "fused"}
 
 
 @pytest.mark.parametrize("provider", baselines.PROVIDERS[1:])
@@ -247,11 +309,47 @@ def test_what_is_counted_computes_the_same_linear(provider):
         assert_as_accurate(*values, name=name)
 
 
+@pytest.mark.parametrize("provider", baselines.PROVIDERS[1:])
+def test_a_layer_that_is_counted_computes_the_same(provider):
+    """Seven outputs, the gradients of four inputs and of fourteen matrices, as above."""
+    linears = {
+        name: Linear(16 if name[0] in "kv" else 40, 24, name[0] in "qkv")
+        for name in MODELS["Qwen3-8B"]
+    }
+
+    def results(provider, dtype=torch.float32):
+        module, parameters = baselines.build_layer(
+            provider, linears, 8, 0.0, torch.device("cpu"), torch.float32
+        )
+        module.to(dtype)
+        generator = torch.Generator().manual_seed(1)
+        inputs = [torch.randn(5, 24, generator=generator).to(dtype) for _ in INPUTS]
+        wanted = [*(x.requires_grad_() for x in inputs), *parameters]
+        outputs = module(*inputs)
+        grads = torch.autograd.grad(outputs, wanted, [output_gradient(y) for y in outputs])
+        return [*outputs, *grads]
+
+    found, native, exact = results(provider), results("peft"), results("peft", torch.float64)
+    assert len(found) == 7 + 4 + 14
+    for number, values in enumerate(zip(found, native, exact, strict=True)):
+        assert_as_accurate(*values, name=f"result {number}")
+
+
+def test_a_layer_calls_each_linear_on_its_input_and_returns_them_in_order():
+    linears = {name: Linear(8 + i, 24) for i, name in enumerate(MODELS["Qwen3-8B"])}
+    module, _ = baselines.build_layer("frozen", linears, 8, 0.0, torch.device("cpu"), torch.float32)
+    inputs = dict(zip(GROUPS, torch.randn(len(GROUPS), 5, 24), strict=True))
+    built = dict(module.self_attn.named_children()) | dict(module.mlp.named_children())
+    expected = {name: built[name](x) for names, x in inputs.items() for name in names}
+    for name, y in zip(linears, module(*inputs.values()), strict=True):
+        assert torch.equal(y, expected[name])
+
+
 def test_counting_leaves_nothing_behind():
     device = torch.device("cpu")
     before = tile_config.tile_config_for("shrink", device, BF16, 64, k=8192, r=16)
     failures = dict(plans._failures)
-    counts.count.cache_clear()
+    counts.clear()
     counts.count("fastlora", "fused", Linear(64, 8192), 64)
     assert tile_config.tile_config_for("shrink", device, BF16, 64, k=8192, r=16) == before
     assert plans.device_limits(device) == tile_config.INTERPRETER
@@ -267,4 +365,16 @@ def test_the_command_fails_where_a_limit_on_operands_is_exceeded(monkeypatch, ca
     rows, problems = counts.lorafusion_table()
     assert [problem.partition(":")[0] for problem in problems] == ["5120 x 5120"]
     assert [row["case"] for row in rows] == list(LORAFUSION)
+    assert "EXCEEDED" in capsys.readouterr().out
+
+
+def test_the_command_fails_where_a_layer_launches_more_than_promised(monkeypatch, capsys):
+    monkeypatch.setattr(counts, "MODELS", {"Qwen2.5-0.5B": MODELS["Qwen2.5-0.5B"]})
+    assert counts.layers_table()[1] == []
+    for limits in ((10, 20), (11, 19)):
+        monkeypatch.setitem(counts.LAUNCH_LIMITS, "fused", limits)
+        rows, problems = counts.layers_table()
+        assert [problem.partition(":")[0] for problem in problems] == ["Qwen2.5-0.5B, fused"]
+        assert "11 and 20 launches beside 4 seeds" in problems[0]
+    assert [row["rows"] for row in rows] == [8192, 2048]
     assert "EXCEEDED" in capsys.readouterr().out

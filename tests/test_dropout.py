@@ -64,6 +64,23 @@ def test_masks_of_different_seeds_are_independent(other):
     assert abs(agreement - 0.5) < 5 * 0.5 / one.numel() ** 0.5
 
 
+@pytest.mark.parametrize(("one", "two"), [(0, 1), (1, 2), (0, 3), (0, 1 << 31)])
+def test_streams_of_one_seed_are_independent(one, two):
+    p, shape, seed = 0.5, (300, 800), torch.tensor(5)
+    masks = [dropout.keep_mask(seed, *shape, p, stream=stream) for stream in (one, two)]
+    agreement = (masks[0] == masks[1]).double().mean().item()
+    assert abs(agreement - 0.5) < 5 * 0.5 / masks[0].numel() ** 0.5
+
+
+def test_stream_is_the_third_word_of_the_counter():
+    seed, row, block, stream = (torch.tensor(number) for number in (7, 3, 2, 11))
+    zero = torch.tensor(0)
+    words = dropout.philox_4x32((row, block, stream, zero), (seed, zero))
+    lanes = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    keep = dropout.keep_mask(seed, 4, 24, 0.5, stream=11)[3, 16:]
+    assert keep.tolist() == [bool(lane >= 1 << 15) for lane in lanes]
+
+
 def test_neighbouring_rows_and_columns_are_independent():
     keep = dropout.keep_mask(torch.tensor(5), 600, 800, 0.5).double() - 0.5
     for shifted in (keep.roll(1, 0), keep.roll(1, 1), keep.roll(8, 1), keep.roll((1, 8), (0, 1))):
@@ -109,3 +126,6 @@ def test_kept_rows_are_read_from_bits_or_drawn_from_the_seed():
     keep = dropout.keep_mask(seed, 12, 21, p)
     assert torch.equal(dropout.keep_rows(dropout.pack(keep), part, 21, p), keep[part])
     assert torch.equal(dropout.keep_rows(seed, part, 21, p), keep[part])
+    third = dropout.keep_mask(seed, 12, 21, p, stream=2)
+    assert torch.equal(dropout.keep_rows(seed, part, 21, p, stream=2), third[part])
+    assert torch.equal(dropout.keep_rows(dropout.pack(third), part, 21, p, stream=2), third[part])

@@ -6,8 +6,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import Spy
 from peft.tuners.lora.layer import Linear as PeftLinear
+from tiny_models import class_names, tiny_model, tiny_peft
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 from whole_models import (
     ATTENTION,
     QKV,
@@ -24,7 +28,7 @@ import fastlora
 
 # Family, target_modules, LoRA linears. With all-linear, peft also adapts the experts of a MoE
 # model, and those are parameters, not linears (test_experts_are_left_alone_and_named).
-FUSED_CASES = [
+CASES = [
     pytest.param("qwen2", "all-linear", 14, id="qwen2-all"),
     pytest.param("qwen2", QKV, 6, id="qwen2-qkv"),
     pytest.param("qwen2-tied", "all-linear", 14, id="qwen2-tied-all"),
@@ -37,16 +41,13 @@ FUSED_CASES = [
     pytest.param("llama", QKV, 6, id="llama-qkv"),
     pytest.param("opt", "all-linear", 12, id="opt-all"),
     pytest.param("opt", QKV, 6, id="opt-qkv"),
-]
-GPT2_CASES = [
     pytest.param("gpt2", "all-linear", 8, id="gpt2-all"),
     pytest.param("gpt2", ["c_attn"], 2, id="gpt2-c_attn"),
 ]
-fused_families = pytest.mark.parametrize(("family", "targets", "linears"), FUSED_CASES)
-all_families = pytest.mark.parametrize(("family", "targets", "linears"), FUSED_CASES + GPT2_CASES)
+all_families = pytest.mark.parametrize(("family", "targets", "linears"), CASES)
 
 
-@fused_families
+@all_families
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["no-dropout", "dropout-in-eval"])
 def test_loss_and_gradients_agree_with_peft(
     family: str, targets: str | list[str], linears: int, dropout: float, spy: Spy
@@ -61,21 +62,6 @@ def test_loss_and_gradients_agree_with_peft(
     assert (spy.fused, spy.peft) == (linears, 0)
 
 
-@pytest.mark.parametrize(("family", "targets", "linears"), GPT2_CASES)
-@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["no-dropout", "dropout"])
-def test_gpt2_stays_with_peft_and_says_why(
-    family: str, targets: str | list[str], linears: int, dropout: float, spy: Spy
-) -> None:
-    plain = family_peft(family, targets, dropout).train()
-    patched = copy.deepcopy(plain)
-    report = fastlora.patch(patched)
-    assert not report.fused
-    assert len(report.fallback) == linears
-    assert all("fan_in_fan_out" in reason for reason in report.fallback.values())
-    assert_same(loss_and_gradients(patched), loss_and_gradients(plain))
-    assert (spy.fused, spy.peft) == (0, linears)
-
-
 @all_families
 def test_dropout_follows_torch_manual_seed(
     family: str, targets: str | list[str], linears: int, spy: Spy
@@ -86,7 +72,7 @@ def test_dropout_follows_torch_manual_seed(
     other = loss_and_gradients(model, seed=4)
     unchanged = [name for name in first if torch.equal(first[name], other[name])]
     assert not unchanged
-    assert (spy.fused, spy.peft) == ((0, 3 * linears) if family == "gpt2" else (3 * linears, 0))
+    assert (spy.fused, spy.peft) == (3 * linears, 0)
 
 
 @all_families
@@ -102,3 +88,42 @@ def test_unpatch_gives_back_the_same_model_bit_for_bit(
     assert snapshot(model) == before
     assert len(layers_of_type(model, PeftLinear)) == linears
     assert_same(loss_and_gradients(model), expected)
+
+
+# Family and how many of its linears are computed with their siblings, layer by layer.
+SIBLINGS = {
+    **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3"), (5, 5)),
+    **dict.fromkeys(("qwen2-vl-text", "qwen2-5-vl-text", "qwen3-vl-text"), (5, 5)),
+    "qwen2-moe": (5, 5),  # of the experts only the shared one has linears
+    "qwen3-moe": (3, 3),
+    "qwen3-next": (2, 3),  # peft takes targets called gate, up and down for the experts alone
+    "qwen3-5": (6, 5),
+    "qwen3-5-moe": (6, 5),
+    "opt": (3, 3),
+    "phi3": (0, 0),
+    "gpt2": (0, 0),
+}
+
+
+@pytest.mark.parametrize("family", SIBLINGS)
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys"
+)  # peft's own, for experts
+def test_siblings_are_computed_together_and_agree_with_peft(family: str, spy: Spy) -> None:
+    missing = [name for name in class_names(family) if not hasattr(transformers, name)]
+    if missing:
+        pytest.skip(f"transformers {transformers.__version__} lacks {missing[0]}")
+    base = tiny_model(family, experts_implementation="eager")
+    linears = [
+        name
+        for name, module in base.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and not any(part in name for part in ("lm_head", "visual", ".experts.", ".gate"))
+    ]
+    linears += [n for n, _ in base.named_modules() if n.endswith("gate_proj") and ".exp" not in n]
+    transposed = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    plain = tiny_peft(model=base, target_modules=sorted(set(linears)), **transposed)
+    patched = patched_twin(plain)
+    assert_agrees_with_peft(patched, plain)
+    assert spy.peft == 0
+    assert spy.together == sum(SIBLINGS[family])

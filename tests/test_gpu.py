@@ -10,15 +10,28 @@ import copy
 
 import pytest
 import torch
-from accuracy import assert_layer_as_accurate
+from accuracy import assert_as_accurate, assert_layer_as_accurate, output_gradient
+from baselines import build_layer
+from shapes import INPUTS, MODELS, Linear
+from torch import nn
 
 import fastlora
-from fastlora import LoRALinear, lora_linear, plans
+from fastlora import LoRALinear, lora_linear, plans, siblings
 
 pytestmark = pytest.mark.gpu
 
 PLANS = ["hybrid", "fused"]
 CUDA = torch.device("cuda", 0)
+# A decoder layer of which five linears are in two groups.
+SMALL = {
+    "q_proj": Linear(512, 512, True),
+    "k_proj": Linear(128, 512, True),
+    "v_proj": Linear(128, 512, True),
+    "o_proj": Linear(512, 512),
+    "gate_proj": Linear(1024, 512),
+    "up_proj": Linear(1024, 512),
+    "down_proj": Linear(512, 1024),
+}
 
 
 def make_inputs(m=1024, k=512, n=768, r=16, dtype=torch.bfloat16, device=CUDA):
@@ -42,6 +55,22 @@ def step(inputs, p=0.1):
     return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y))]
 
 
+def layer_step(p=0.1, linears=SMALL, m=1024, provider="fastlora"):
+    """Build a decoder layer; returns its forward and backward, under autocast as above."""
+    module, parameters = build_layer(provider, linears, 16, p, CUDA, torch.bfloat16)
+    inputs = [
+        torch.randn(1, m, linears[name].k, device=CUDA).bfloat16().requires_grad_()
+        for name in INPUTS
+    ]
+
+    def run():
+        outputs = module(*inputs)
+        dys = [torch.ones_like(y) for y in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, [*inputs, *parameters], dys)]
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def checked():
     """The check of a device reads results back: it is over before anything is counted."""
@@ -52,50 +81,81 @@ def test_every_kernel_is_right_on_this_device():
     assert plans.failed_kernels(CUDA) == {}
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_nothing_waits_for_the_device(plan):
+def one_linear(p=0.1):
     inputs = make_inputs()
+    return lambda: step(inputs, p)
+
+
+STEPS = pytest.mark.parametrize("make", [one_linear, layer_step], ids=["linear", "grouped layer"])
+
+
+@STEPS
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_waits_for_the_device(plan, make):
+    run = make()
     with fastlora.backend(plan):
-        step(inputs)  # compiles
+        run()  # compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(inputs)
+            run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_layer_runs_in_its_groups(spy):
+    """Otherwise what is said of grouped layers here is said of single linears."""
+    layer_step()()
+    assert (spy.fused, spy.together, spy.peft) == (7, 5, 0)
+
+
+@STEPS
 @pytest.mark.parametrize("plan", PLANS)
-def test_graph_replays_draw_fresh_masks(plan):
-    inputs = make_inputs()
-    replay = captured(plan, inputs, p=0.1)
+def test_graph_replays_draw_fresh_masks(plan, make):
+    replay = captured(plan, make(p=0.1))
     for one, two in zip(replay(), replay(), strict=True):
         assert not torch.equal(one, two)
         assert torch.isfinite(two).all()
 
 
+@STEPS
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_replayed_graph_agrees_with_eager(plan):
-    inputs = make_inputs()
-    replay = captured(plan, inputs, p=0.0)
+def test_a_replayed_graph_agrees_with_eager(plan, make):
+    run = make(p=0.0)
+    replay = captured(plan, run)
     with fastlora.backend(plan):
-        eager = step(inputs, p=0.0)
+        eager = run()
     for one, two in zip(replay(), eager, strict=True):
         assert torch.equal(one, two)
 
 
-def captured(plan, inputs, p):
+@pytest.mark.parametrize("plan", PLANS)
+def test_siblings_in_a_replayed_graph_keep_masks_of_their_own(plan):
+    """Equal adapters on equal weights: only the masks can tell the outputs of two apart."""
+    linears = SMALL | {"k_proj": Linear(512, 512, True), "v_proj": Linear(512, 512, True)}
+    module, _ = build_layer("fastlora-bf16", linears, 16, 0.5, CUDA, torch.bfloat16)
+    attention = module.self_attn
+    for name in ("k_proj", "v_proj"):
+        getattr(attention, name).load_state_dict(attention.q_proj.state_dict())
+    x = torch.randn(64, 512, device=CUDA).bfloat16()
+    with torch.no_grad():
+        q, k, v = captured(plan, lambda: attention(x, x)[:3])()
+    for one, two in ((q, k), (k, v), (q, v)):
+        assert not torch.equal(one, two)
+
+
+def captured(plan, run):
     """Capture a step in a CUDA graph; returns a function that replays it and copies its results."""
     with fastlora.backend(plan):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                step(inputs, p)
+                run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = step(inputs, p)
+            outputs = run()
 
     def replay():
         graph.replay()
@@ -118,6 +178,49 @@ def test_results_do_not_depend_on_the_stream(plan):
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)
+
+
+class TwoStreams(nn.Module):
+    """Two projections of one input, the second on another stream."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("k_proj", "v_proj"):
+            base = nn.Linear(512, 512, device=CUDA, dtype=torch.bfloat16)
+            self.add_module(name, LoRALinear.from_linear(base, r=16, init_lora_weights=False))
+        self.side = torch.cuda.Stream()
+
+    def forward(self, x):
+        main = torch.cuda.current_stream()
+        x_is_written = main.record_event()
+        torch.cuda._sleep(
+            1 << 28
+        )  # a tenth of a second: what main computes comes too late for side
+        k = self.k_proj(x)
+        torch.cuda.set_stream(self.side)
+        self.side.wait_event(x_is_written)
+        v = self.v_proj(x)
+        torch.cuda.set_stream(main)
+        return k, v
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_sibling_on_another_stream_computes_its_own(plan, spy):
+    model = TwoStreams()
+    fastlora.patch(model)
+    assert [group.names for _, _, group in siblings.groups_of(model)] == [("k_proj", "v_proj")]
+    x = torch.randn(1024, 512, device=CUDA).bfloat16()
+    with fastlora.backend(plan), torch.no_grad():
+        _, expected = model(x)  # compiles
+        torch.cuda.synchronize()
+        spy.reset()
+        _, v = model(x)
+        model.side.synchronize()
+        with torch.cuda.stream(model.side):
+            seen = v.clone()
+    torch.cuda.synchronize()
+    assert spy.together == 4  # k computed both, and so did v
+    assert torch.equal(seen, expected)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -150,6 +253,28 @@ def test_layers_of_qwen_are_as_accurate_as_peft(n, k, rows, plan):
         assert_layer_as_accurate(
             layer, peft, torch.randn(rows, k, device=CUDA, dtype=torch.bfloat16)
         )
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("model", "rows"), [("Qwen2.5-0.5B", 1000), ("Qwen2.5-7B", 2048)])
+def test_groups_of_qwen_are_as_accurate_as_peft(model, rows, plan):
+    linears = MODELS[model]
+    options = {"r": 16, "p": 0.0, "device": CUDA, "dtype": torch.bfloat16}
+    inputs = [torch.randn(rows, linears[name].k, device=CUDA).bfloat16() for name in INPUTS]
+    results = []
+    for provider in ("fastlora-bf16", "peft-bf16", "exact"):
+        name = "peft-bf16" if provider == "exact" else provider
+        module, parameters = build_layer(name, linears, **options)
+        dtype = torch.float64 if provider == "exact" else torch.bfloat16
+        module.to(dtype)
+        xs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        with fastlora.backend(plan):
+            ys = module(*xs)
+            dys = [output_gradient(y) for y in ys]
+            grads = torch.autograd.grad(ys, [*xs, *parameters], dys)
+        results.append([*ys, *grads])
+    for number, values in enumerate(zip(*results, strict=True)):
+        assert_as_accurate(*values, name=f"result {number}")
 
 
 def test_more_than_two_to_the_31_elements():

@@ -13,7 +13,7 @@ import gpu
 import gpu_train
 import pytest
 import torch
-from shapes import MODELS
+from shapes import MODELS, Linear
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,13 +36,19 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
     if part == "tests":
         assert " passed" in log
     if part == "tune":
-        assert json.loads((tmp_path / "tuned.json").read_text())["entries"]
+        entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
+        assert {entry["key"]["siblings"] for entry in entries} == {1, 2}
     if part == "train":
         rows = list(csv.DictReader((tmp_path / "train.csv").read_text().splitlines()))
-        seen = {(row["provider"], float(row["p"]), row["plan"]) for row in rows}
-        assert seen == set(gpu_train.TIMED)
-        assert {row["linear"] for row in rows} == {"q_proj", "layer"}
+        seen = {}
+        for row in rows:
+            key = (row["provider"], float(row["p"]), row["plan"])
+            seen.setdefault(row["linear"], []).append(key)
+        assert list(seen) == ["grouped layer", "/".join(MODELS["Qwen3-8B"]), "sum of linears"]
+        timed = (gpu_train.TIMED_LAYERS, gpu_train.TIMED, gpu_train.TIMED)
+        assert [tuple(keys) for keys in seen.values()] == list(timed)
         assert all(float(row["graph_us"]) > 0 for row in rows)
+        assert "was not timed" not in log
 
 
 def test_results_are_filed_under_their_device(tmp_path, monkeypatch):
@@ -78,8 +84,67 @@ def test_results_of_no_device_are_refused(tmp_path, capsys):
 
 def test_what_is_promised_is_what_is_timed():
     assert set(gpu_train.PROMISES) == set(MODELS)
+    assert set(gpu_train.LAYER_PROMISES) == {(m, 8192) for m in MODELS} | {("Qwen2.5-0.5B", 2048)}
     for needed in (("fastlora", 0.1, "auto"), ("peft", 0.1, "auto"), ("peft-bf16", 0.1, "auto")):
+        assert needed in gpu_train.TIMED_LAYERS
         assert needed in gpu_train.TIMED
+
+
+class _FakeRun:
+    """What ``_time_layers`` takes of a run; it keeps what is said."""
+
+    smoke, device, facts = True, torch.device("cpu"), {}
+
+    def __init__(self, *, late=False):
+        self.late, self.said = late, []
+
+    def say(self, line):
+        self.said.append(line)
+
+    def out_of_time(self):
+        return self.late
+
+
+@pytest.fixture
+def fake_times(monkeypatch):
+    """Bare linears take 100 us, fastlora 110, peft 150: nothing is run."""
+
+    def time_steps(run, steps, rounds):
+        us = {"frozen": 100.0, "fastlora": 110.0}
+        return {key: {"graph_us": us.get(key[0], 150.0), "eager_us": 1.0} for key in steps}
+
+    monkeypatch.setattr(gpu_train, "_time_steps", time_steps)
+    monkeypatch.setattr(gpu_train, "_layer_fraction", lambda *_: 0.97)
+
+
+TINY = dict.fromkeys(MODELS["Qwen3-8B"], Linear(16, 16))
+
+
+@pytest.mark.parametrize(("promised", "verdict"), [(1.10, "kept"), (1.09, "NOT kept")])
+def test_a_layer_s_promise_is_held_against_what_was_timed(
+    fake_times, monkeypatch, promised, verdict
+):
+    monkeypatch.setitem(gpu_train.LAYER_PROMISES, ("tiny", 32), promised)
+    run, rows = _FakeRun(), []
+    assert gpu_train._time_layers(run, rows.append, "tiny", TINY, 32) is (verdict == "kept")
+    assert run.said[0].endswith(f": {verdict} (fastlora/frozen at most {promised})")
+    assert "fused GEMMs at 0.970 of cuBLAS" in run.said[0]
+    ratios = {(row["provider"], row["plan"]): row["ratio_to_frozen"] for row in rows}
+    assert ratios["frozen", "auto"] == 1.0
+    assert ratios["fastlora", "hybrid"] == 1.1
+
+
+def test_a_layer_that_does_not_run_is_named_and_the_rest_goes_on(fake_times, monkeypatch):
+    monkeypatch.setattr(gpu_train, "_time_steps", lambda *_: 1 / 0)
+    run = _FakeRun()
+    assert gpu_train._time_layers(run, [].append, "tiny", TINY, 32) is False
+    assert run.said[0].startswith("tiny M=32, a layer was not timed:\nTraceback")
+
+
+def test_nothing_begins_after_the_time_is_up():
+    run = _FakeRun(late=True)
+    assert gpu_train._time_layers(run, [].append, "tiny", TINY, 32) is None
+    assert gpu_train._time_linears(run, [].append, "tiny", TINY, 32) is None
 
 
 def test_without_a_gpu_and_without_smoke_it_says_so(tmp_path):

@@ -1,7 +1,11 @@
-"""The kernels of ``adapter_grads`` against the definition: the pass over dy and the one over x."""
+"""The kernels of ``adapter_grads`` against the definition: the pass over dy and the one over x.
+
+Most tests take one projection; what a group of siblings adds has tests of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,17 +20,22 @@ from kernel_cases import (
     P,
     assert_kernel_as_accurate,
     doubles,
-    draw_mask,
+    draw_masks,
     padded_rows,
     randn,
 )
 
 from fastlora import dropout, reference
 from fastlora.kernels import adapter_grads as module
+from fastlora.kernels import partial_sums, tile_config
+from fastlora.kernels import shrink as shrink_module
 from fastlora.kernels.adapter_grads import adapter_grads, input_pass
+from fastlora.kernels.tile_config import DeviceLimits, TileConfig, forget_tiles
 
 GAIN = 1.7
 THRESHOLD = dropout.threshold(P)
+SHRINK, ADD_PARTIALS = "_shrink_kernel", "_add_partials_kernel"
+OUTPUT_PASS, INPUT_PASS = "_adapter_grads_kernel", "_input_pass_kernel"
 SPLIT = replace(SMALL, splits=2)
 TILES = {"output_config": SPLIT, "input_config": SPLIT}
 
@@ -47,22 +56,42 @@ CASES = [
 
 
 @pytest.fixture
-def passes(monkeypatch) -> list[str]:
-    """The names of the passes that were launched."""
-    names = []
+def launches(monkeypatch) -> list[str]:
+    """The names of the kernels that were launched."""
+    found = []
 
-    def counted(name):
-        launch = getattr(module, name)
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
 
-        def launch_and_count(*args, **options):
-            names.append(name)
-            return launch(*args, **options)
+        def __getitem__(self, grid):
+            found.append(self.name)
+            return self.kernel[grid]
 
-        return launch_and_count
+    for owner in (module, shrink_module, partial_sums):
+        for name in [name for name in vars(owner) if name.endswith("_kernel")]:
+            monkeypatch.setattr(owner, name, Counted(name, getattr(owner, name)))
+    return found
 
-    for name in ("_output_pass", "shrink", "input_pass"):
-        monkeypatch.setattr(module, name, counted(name))
-    return names
+
+@pytest.fixture
+def fresh_settings() -> Iterator[None]:
+    """Forget what launches of a shape are made of, before and after the test."""
+    forget_tiles()
+    yield
+    forget_tiles()
+
+
+@pytest.fixture
+def passes(launches) -> Callable[[], list[str]]:
+    """Return, and forget, the names of the kernels that read a wide operand."""
+
+    def take():
+        names = [name for name in launches if name != "_add_partials_kernel"]
+        launches.clear()
+        return names
+
+    return take
 
 
 def make_inputs(case, dtype=torch.float32, rank_dtype=None):
@@ -70,6 +99,23 @@ def make_inputs(case, dtype=torch.float32, rank_dtype=None):
     rank_dtype = rank_dtype or dtype
     dy, x = randn(m, n, dtype=dtype, scale=n**-0.5), randn(m, k, dtype=dtype)
     return dy, x, randn(m, r, dtype=rank_dtype), randn(n, r, dtype=rank_dtype)
+
+
+def one_adapter_grads(dy, x, h, lora_b, mask, gain, threshold=0, **options):
+    """Call the launcher with a group of one: tensors instead of lists."""
+    hs = None if h is None else [h]
+    results = adapter_grads([dy], x, hs, [lora_b], mask, [gain], threshold, **options)
+    for tensors in results:
+        assert tensors is None or len(tensors) == 1
+    return [None if tensors is None else tensors[0] for tensors in results]
+
+
+def make_group(m, k, ns, rank, dtype=torch.float32, b_dtype=None):
+    """Siblings with out features of their own and one input."""
+    dys = [randn(m, n, dtype=dtype, scale=n**-0.5) for n in ns]
+    hs = [randn(m, rank, dtype=dtype) for _ in ns]
+    lora_bs = [randn(n, rank, dtype=b_dtype or dtype) for n in ns]
+    return dys, randn(m, k, dtype=dtype), hs, lora_bs
 
 
 def check(grads, inputs, keep, rank_dtype, grad_dtype, gain=GAIN):
@@ -98,8 +144,8 @@ def check(grads, inputs, keep, rank_dtype, grad_dtype, gain=GAIN):
 def test_kernels_are_as_accurate_as_torch(case, dtype):
     m, k, *_ = case
     inputs = make_inputs(case, dtype)
-    mask, keep = draw_mask("bits", 3, m, k)
-    grads = adapter_grads(
+    mask, (keep,) = draw_masks("bits", 1, m, k)
+    grads = one_adapter_grads(
         *inputs, mask, GAIN, THRESHOLD, rank_dtype=dtype, grad_dtype=dtype, **TILES
     )
     check(grads, inputs, keep, dtype, dtype)
@@ -108,17 +154,17 @@ def test_kernels_are_as_accurate_as_torch(case, dtype):
 @pytest.mark.parametrize(
     ("dtype", "rank", "expected"),
     [
-        (torch.float32, 16, ["_output_pass", "input_pass"]),
-        (torch.float32, 17, ["shrink", "input_pass", "input_pass"]),
-        (torch.float16, 64, ["_output_pass", "input_pass"]),
-        (torch.float16, 65, ["shrink", "input_pass", "input_pass"]),
+        (torch.float32, 16, [OUTPUT_PASS, INPUT_PASS]),
+        (torch.float32, 17, [SHRINK, INPUT_PASS, INPUT_PASS]),
+        (torch.float16, 64, [OUTPUT_PASS, INPUT_PASS]),
+        (torch.float16, 65, [SHRINK, INPUT_PASS, INPUT_PASS]),
     ],
-    ids=str,
+    ids=["fp32-16", "fp32-17", "fp16-64", "fp16-65"],
 )
 def test_small_ranks_read_dy_once(dtype, rank, expected, passes):
     inputs = make_inputs((17, 24, 40, rank), dtype)
-    adapter_grads(*inputs, None, GAIN, rank_dtype=dtype, grad_dtype=dtype)
-    assert passes == expected
+    one_adapter_grads(*inputs, None, GAIN, rank_dtype=dtype, grad_dtype=dtype)
+    assert passes() == expected
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -126,8 +172,8 @@ def test_small_ranks_read_dy_once(dtype, rank, expected, passes):
 def test_any_number_of_splits(splits, mask):
     inputs = make_inputs((33, 40, 72, 5))
     config = replace(SMALL, splits=splits)
-    mask, keep = draw_mask(mask, 3, 33, 40)
-    grads = adapter_grads(
+    mask, (keep,) = draw_masks(mask, 1, 33, 40)
+    grads = one_adapter_grads(
         *inputs, mask, GAIN, THRESHOLD, rank_dtype=torch.float32, grad_dtype=torch.float32,
         output_config=config, input_config=config,
     )  # fmt: skip
@@ -139,11 +185,11 @@ def test_any_number_of_splits(splits, mask):
 def test_takes_every_layout(layout, rank):
     dy, x, h, lora_b = make_inputs((33, 72, 40, rank))
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    bits, keep = draw_mask("bits", 3, 33, 72)
+    (bits,), (keep,) = draw_masks("bits", 1, 33, 72)
     wide_bits = torch.full((33, 12), 0x5A, dtype=torch.uint8, device=DEVICE)
     wide_bits[:, :9] = bits
-    strided = layout(dy), layout(x), padded_rows(h), layout(lora_b), wide_bits[:, :9]
-    grads = adapter_grads(*strided, GAIN, **options, **TILES)
+    strided = layout(dy), layout(x), padded_rows(h), layout(lora_b), [wide_bits[:, :9]]
+    grads = one_adapter_grads(*strided, GAIN, **options, **TILES)
     check(grads, (dy, x, h, lora_b), keep, **options)
 
 
@@ -153,7 +199,7 @@ def test_dy_may_be_expanded(rank):
     dy, *others = make_inputs((33, 72, 40, rank))
     inputs = (dy[:1, :1].expand(33, 40), *others)
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    grads = adapter_grads(*inputs, None, GAIN, **options, **TILES)
+    grads = one_adapter_grads(*inputs, None, GAIN, **options, **TILES)
     check(grads, inputs, None, **options)
 
 
@@ -164,36 +210,36 @@ def test_what_is_not_asked_for_is_left_out(rank, passes):
     exact = reference.adapter_grads(*doubles(dy, x, h, lora_b), None, GAIN)
     native = reference.adapter_grads(dy, x, h, lora_b, None, GAIN)
 
-    dh, da, db = adapter_grads(dy, None, h, lora_b, None, GAIN, **options)
+    dh, da, db = one_adapter_grads(dy, None, h, lora_b, None, GAIN, **options)
     assert da is None
     assert_kernel_as_accurate(dh, native[0], exact[0], "dh")
     assert_kernel_as_accurate(db, native[2], exact[2], "db")
 
-    dh, da, db = adapter_grads(dy, x, None, lora_b, None, GAIN, **options)
+    dh, da, db = one_adapter_grads(dy, x, None, lora_b, None, GAIN, **options)
     assert db is None
     assert_kernel_as_accurate(dh, native[0], exact[0], "dh")
     assert_kernel_as_accurate(da, native[1], exact[1], "da")
 
-    passes.clear()
-    dh, da, db = adapter_grads(dy, None, h, lora_b, None, GAIN, need_dh=False, **options)
+    passes()
+    dh, da, db = one_adapter_grads(dy, None, h, lora_b, None, GAIN, need_dh=False, **options)
     assert dh.numel() == 0
     assert da is None
     assert_kernel_as_accurate(db, native[2], exact[2], "db")
-    assert passes == ["input_pass"]
+    assert passes() == [INPUT_PASS]
 
-    passes.clear()
-    dh, da, db = adapter_grads(dy, None, None, lora_b, None, GAIN, need_dh=False, **options)
-    assert (dh.numel(), da, db, passes) == (0, None, None, [])
+    passes()
+    dh, da, db = one_adapter_grads(dy, None, None, lora_b, None, GAIN, need_dh=False, **options)
+    assert (dh.numel(), da, db, passes()) == (0, None, None, [])
 
 
 def test_no_rows_give_zero_gradients_of_what_is_asked_for():
     dy, x, h, lora_b = make_inputs((0, 40, 24, 8))
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    dh, da, db = adapter_grads(dy, x, h, lora_b, None, GAIN, **options)
+    dh, da, db = one_adapter_grads(dy, x, h, lora_b, None, GAIN, **options)
     assert dh.shape == (0, 8)
     assert torch.equal(da, torch.zeros(8, 40, device=DEVICE))
     assert torch.equal(db, torch.zeros(24, 8, device=DEVICE))
-    _, da, db = adapter_grads(dy, None, None, lora_b, None, GAIN, **options)
+    _, da, db = one_adapter_grads(dy, None, None, lora_b, None, GAIN, **options)
     assert (da, db) == (None, None)
 
 
@@ -202,7 +248,7 @@ def test_no_rows_give_zero_gradients_of_what_is_asked_for():
 def test_any_gain(gain, rank):
     inputs = make_inputs((33, 40, 24, rank))
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    grads = adapter_grads(*inputs, None, gain, **options, **TILES)
+    grads = one_adapter_grads(*inputs, None, gain, **options, **TILES)
     check(grads, inputs, None, **options, gain=gain)
 
 
@@ -212,8 +258,8 @@ def test_any_gain(gain, rank):
 def test_fp32_adapter_under_autocast_gets_gradients_that_are_not_rounded_to_half(half, rank, mask):
     dy, x, h, _ = make_inputs((33, 72, 40, rank), half)
     inputs = (dy, x, h, randn(40, rank))
-    mask, keep = draw_mask(mask, 3, 33, 72)
-    grads = adapter_grads(
+    mask, (keep,) = draw_masks(mask, 1, 33, 72)
+    grads = one_adapter_grads(
         *inputs, mask, GAIN, THRESHOLD, rank_dtype=half, grad_dtype=torch.float32, **TILES
     )
     check(grads, inputs, keep, half, torch.float32)
@@ -224,7 +270,7 @@ def test_fp32_adapter_under_autocast_gets_gradients_that_are_not_rounded_to_half
 def test_fp32_adapter_on_a_half_base_computes_in_fp32(half, rank):
     inputs = make_inputs((33, 72, 40, rank), half, rank_dtype=torch.float32)
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    grads = adapter_grads(*inputs, None, GAIN, **options, **TILES)
+    grads = one_adapter_grads(*inputs, None, GAIN, **options, **TILES)
     check(grads, inputs, None, **options)
 
 
@@ -233,11 +279,11 @@ def test_fp32_adapter_on_a_half_base_computes_in_fp32(half, rank):
 def test_siblings_share_one_pass_over_x(dtype, mask):
     """Different ranks and layouts of the results; M is split in three."""
     x, dhs = randn(33, 40, dtype=dtype), [randn(33, r, dtype=dtype) for r in (5, 64, 16)]
-    masks, keeps = zip(*(draw_mask(mask, g, 33, 40) for g in range(3)), strict=True)
+    mask, keeps = draw_masks(mask, 3, 33, 40)
     outs = [x.new_full((r, 40), float("nan")) for r in (5, 64)]
     outs.append(x.new_full((40, 16), float("nan")).t())
     input_pass(
-        x, dhs, outs, None if mask == "none" else masks, THRESHOLD, gain=GAIN, rank_dtype=dtype,
+        x, dhs, outs, mask, THRESHOLD, gain=GAIN, rank_dtype=dtype,
         config=replace(SMALL, splits=3),
     )  # fmt: skip
     for dh, out, keep in zip(dhs, outs, keeps, strict=True):
@@ -248,33 +294,189 @@ def test_siblings_share_one_pass_over_x(dtype, mask):
         assert_kernel_as_accurate(out, native, exact)
 
 
+# Out features of a group, each with its reason. Tiles are 16 x 32 and in two splits together.
+GROUPS = [
+    pytest.param((40,), id="one-sibling"),
+    pytest.param((72, 24), id="two"),
+    pytest.param((72, 7, 16), id="q-k-v-two-of-them-narrower-than-a-tile"),
+    pytest.param((8, 72, 1, 17), id="four-the-largest-in-the-middle"),
+]
+
+
+def check_group(grads, group, keeps, gains, rank_dtype, grad_dtype):
+    """Compare every sibling with the definition, as if it were alone."""
+    dys, x, hs, lora_bs = group
+    for g, (dy, h, b, keep, gain) in enumerate(zip(dys, hs, lora_bs, keeps, gains, strict=True)):
+        one = [tensors[g] for tensors in grads]
+        check(one, (dy, x, h, b), keep, rank_dtype, grad_dtype, gain)
+
+
+@pytest.mark.parametrize(
+    ("rank", "mask"),
+    [(5, "none"), (5, "bits"), (5, "seed"), (20, "seed")],
+    ids=["one-pass-none", "one-pass-bits", "one-pass-seed", "two-passes-seed"],
+)
+@pytest.mark.parametrize("ns", GROUPS)
+def test_siblings_get_what_each_would_get_alone(ns, rank, mask):
+    group, fp32 = make_group(20, 24, ns, rank), torch.float32
+    mask, keeps = draw_masks(mask, len(ns), 20, 24)
+    dys, x, hs, lora_bs = group
+    gains = [GAIN, -0.5, 0.0, 1 / 3][: len(ns)]
+    grads = adapter_grads(
+        dys, x, hs, lora_bs, mask, gains, THRESHOLD, rank_dtype=fp32, grad_dtype=fp32, **TILES
+    )
+    check_group(grads, group, keeps, gains, fp32, fp32)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("splits", [1, 8])
+def test_siblings_under_autocast_in_any_number_of_splits(splits, half):
+    ns, fp32 = (104, 24, 24), torch.float32
+    group = make_group(20, 24, ns, 8, half, fp32)
+    seed, keeps = draw_masks("seed", 3, 20, 24)
+    dys, x, hs, lora_bs = group
+    config = replace(SMALL, splits=splits)
+    grads = adapter_grads(
+        dys, x, hs, lora_bs, seed, [GAIN] * 3, THRESHOLD, rank_dtype=half, grad_dtype=fp32,
+        output_config=config, input_config=config,
+    )  # fmt: skip
+    check_group(grads, group, keeps, [GAIN] * 3, half, fp32)
+
+
+@pytest.mark.parametrize("ns", GROUPS)
+def test_a_group_of_any_size_takes_four_launches(ns, launches):
+    dys, x, hs, lora_bs = make_group(17, 24, ns, 16)
+    mask, _ = draw_masks("bits", len(ns), 17, 24)
+    options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
+    adapter_grads(dys, x, hs, lora_bs, mask, [GAIN] * len(ns), **options)
+    assert launches == [OUTPUT_PASS, ADD_PARTIALS, INPUT_PASS, ADD_PARTIALS]
+
+
+@pytest.mark.parametrize(
+    ("ns", "splits", "columns"),
+    [
+        pytest.param((4096,), 4, [1024], id="alone"),
+        pytest.param((3584, 512, 512), 4, [1216, 512, 512], id="7B-three-of-four-for-q"),
+        pytest.param((896, 128, 128), 2, [448, 128, 128], id="half-B-two-for-q"),
+        pytest.param((12288, 12288), 4, [6144, 6144], id="gate-and-up-alike"),
+        pytest.param((512, 512, 512), 1, [512, 512, 512], id="at-least-one-each"),
+    ],
+)
+def test_splits_are_shared_out_in_proportion(ns, splits, columns):
+    tile = TileConfig(256, 64, splits=splits)
+    assert module._columns_per_split(ns, tile) == columns
+
+
+@pytest.mark.parametrize("m", [1000, 8192, 100_000])
+def test_splits_of_a_group_fill_the_device_once(m, monkeypatch, fresh_settings):
+    """The siblings' splits are those of one projection as wide as all, and one each at least."""
+    device = DeviceLimits("H200", 90, 232448, 132)
+    monkeypatch.setattr(module, "device_limits", lambda _: device)
+    monkeypatch.setattr(tile_config, "device_limits", lambda _: device)
+    half, grids = torch.float16, []
+    for ns in ((4608,), (3584, 512, 512)):
+        grid, *_ = module._output_settings(
+            None, torch.device("cuda"), half, half, half, m, ns, 16, True, "ieee"
+        )
+        grids.append(grid)
+    (row_blocks, alone), (group_blocks, together) = grids
+    assert group_blocks == row_blocks
+    assert alone <= together <= alone + 2
+    assert row_blocks * alone <= 1.5 * 132 or alone == 1
+
+
+def test_no_rows_give_every_sibling_zero_gradients(launches):
+    dys, x, hs, lora_bs = make_group(0, 40, (24, 7), 8)
+    options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
+    dhs, das, dbs = adapter_grads(dys, x, hs, lora_bs, None, [GAIN, 1.0], **options)
+    assert [dh.shape for dh in dhs] == [(0, 8), (0, 8)]
+    assert all(torch.equal(da, torch.zeros(8, 40, device=DEVICE)) for da in das)
+    for db, n in zip(dbs, (24, 7), strict=True):
+        assert torch.equal(db, torch.zeros(n, 8, device=DEVICE))
+    assert launches == []
+
+
+def test_siblings_may_leave_gradients_out():
+    group, fp32 = make_group(20, 24, (40, 24), 5), torch.float32
+    dys, x, hs, lora_bs = group
+    options = {"rank_dtype": fp32, "grad_dtype": fp32}
+    full = adapter_grads(dys, x, hs, lora_bs, None, [GAIN] * 2, **options, **TILES)
+    dhs, das, dbs = adapter_grads(dys, None, hs, lora_bs, None, [GAIN] * 2, **options, **TILES)
+    assert das is None
+    check_group((dhs, full[1], dbs), group, [None] * 2, [GAIN] * 2, fp32, fp32)
+    dhs, das, dbs = adapter_grads(dys, x, None, lora_bs, None, [GAIN] * 2, **options, **TILES)
+    assert dbs is None
+    check_group((dhs, das, full[2]), group, [None] * 2, [GAIN] * 2, fp32, fp32)
+    dhs, das, dbs = adapter_grads(
+        dys, None, hs, lora_bs, None, [GAIN] * 2, need_dh=False, **options, **TILES
+    )
+    assert ([dh.numel() for dh in dhs], das) == ([0, 0], None)
+    check_group((full[0], full[1], dbs), group, [None] * 2, [GAIN] * 2, fp32, fp32)
+
+
+def test_siblings_of_different_ranks_are_refused():
+    dys, x, hs, lora_bs = make_group(17, 24, (24, 8), 8)
+    hs[1], lora_bs[1] = hs[1][:, :4], lora_bs[1][:, :4]
+    options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
+    with pytest.raises(AssertionError, match="siblings of the ranks 8 and 4"):
+        adapter_grads(dys, x, hs, lora_bs, None, [GAIN] * 2, **options)
+
+
+def test_a_group_whose_partial_results_would_be_huge_is_taken_one_by_one(
+    launches, monkeypatch, fresh_settings
+):
+    monkeypatch.setattr(module, "_MAX_PARTIAL_BYTES", 4 * 24 * 8)  # one row block of N = 24, R = 8
+    group, half = make_group(20, 40, (24, 48, 16), 8, torch.float16), torch.float16
+    dys, x, hs, lora_bs = group
+    options = {"rank_dtype": half, "grad_dtype": torch.float32}
+    grads = adapter_grads(dys, x, hs, lora_bs, None, [GAIN] * 3, **options)
+    check_group(grads, group, [None] * 3, [GAIN] * 3, **options)
+    own = [OUTPUT_PASS, ADD_PARTIALS]
+    assert launches == [*own, SHRINK, INPUT_PASS, ADD_PARTIALS, *own, INPUT_PASS, ADD_PARTIALS]
+
+
+@pytest.mark.parametrize("mask", ["bits", "seed"])
+def test_a_group_gives_the_same_bits_every_time(mask):
+    dys, x, hs, lora_bs = make_group(20, 24, (70, 8, 8), 8, torch.float16)
+    mask, _ = draw_masks(mask, 3, 20, 24)
+    options = {"rank_dtype": torch.float16, "grad_dtype": torch.float32}
+    runs = [
+        adapter_grads(dys, x, hs, lora_bs, mask, [GAIN] * 3, THRESHOLD, **options, **TILES)
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert all(map(torch.equal, first, second))
+
+
 @pytest.mark.parametrize("rank", [5, 70], ids=["one-pass", "two-passes"])
 def test_same_inputs_give_the_same_bits(rank):
     inputs = make_inputs((33, 40, 70, rank), torch.float16)
-    seed, _ = draw_mask("seed", 3, 33, 40)
+    seed, _ = draw_masks("seed", 1, 33, 40)
     options = {"rank_dtype": torch.float16, "grad_dtype": torch.float32}
-    runs = [adapter_grads(*inputs, seed, GAIN, THRESHOLD, **options, **TILES) for _ in range(2)]
+    runs = [one_adapter_grads(*inputs, seed, GAIN, THRESHOLD, **options, **TILES) for _ in range(2)]
     assert all(map(torch.equal, *runs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_tiles_cover_everything(dtype):
     inputs = make_inputs((130, 40, 70, 8), dtype)
-    seed, keep = draw_mask("seed", 3, 130, 40)
+    seed, (keep,) = draw_masks("seed", 1, 130, 40)
     options = {"rank_dtype": dtype, "grad_dtype": dtype}
-    grads = adapter_grads(*inputs, seed, GAIN, THRESHOLD, **options)
+    grads = one_adapter_grads(*inputs, seed, GAIN, THRESHOLD, **options)
     check(grads, inputs, keep, **options)
 
 
-def test_a_batch_whose_partial_results_would_be_huge_takes_two_passes(passes, monkeypatch):
+def test_a_batch_whose_partial_results_would_be_huge_takes_two_passes(
+    passes, monkeypatch, fresh_settings
+):
     monkeypatch.setattr(module, "_MAX_PARTIAL_BYTES", 4 * 24 * 8)  # one row block of N = 24, R = 8
     options = {"rank_dtype": torch.float16, "grad_dtype": torch.float32}
     b = randn(24, 8, dtype=torch.float16)
-    for m, expected in ((20, ["_output_pass"]), (300, ["shrink", "input_pass"])):
+    for m, expected in ((20, [OUTPUT_PASS]), (300, [SHRINK, INPUT_PASS])):
         dy, h = randn(m, 24, dtype=torch.float16), randn(m, 8, dtype=torch.float16)
-        passes.clear()
-        _, _, db = adapter_grads(dy, None, h, b, None, GAIN, **options)
-        assert passes == expected
+        passes()
+        _, _, db = one_adapter_grads(dy, None, h, b, None, GAIN, **options)
+        assert passes() == expected
         assert_kernel_as_accurate(
             db, GAIN * (dy.float().t() @ h.float()), GAIN * (dy.double().t() @ h.double())
         )
@@ -286,10 +488,23 @@ def test_a_batch_whose_partial_results_would_be_huge_takes_two_passes(passes, mo
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_tiles_are_as_accurate_as_torch_at_real_sizes(dtype, rank, mask):
     inputs = make_inputs((1000, 4096, 4096, rank), dtype)
-    mask, keep = draw_mask(mask, 3, 1000, 4096)
+    mask, (keep,) = draw_masks(mask, 1, 1000, 4096)
     options = {"rank_dtype": dtype, "grad_dtype": dtype}
-    grads = adapter_grads(*inputs, mask, GAIN, THRESHOLD, **options)
+    grads = one_adapter_grads(*inputs, mask, GAIN, THRESHOLD, **options)
     check(grads, inputs, keep, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_siblings_are_as_accurate_as_torch_at_real_sizes(dtype, mask):
+    ns = (3584, 512, 512)  # q, k and v of Qwen2.5-7B
+    group = make_group(1000, 3584, ns, 16, dtype)
+    mask, keeps = draw_masks(mask, 3, 1000, 3584)
+    dys, x, hs, lora_bs = group
+    options = {"rank_dtype": dtype, "grad_dtype": dtype}
+    grads = adapter_grads(dys, x, hs, lora_bs, mask, [GAIN] * 3, THRESHOLD, **options)
+    check_group(grads, group, keeps, [GAIN] * 3, **options)
 
 
 @pytest.mark.gpu
@@ -298,7 +513,7 @@ def test_fp32_adapter_at_real_sizes(half):
     dy, x, h, _ = make_inputs((1000, 4096, 4096, 16), half)
     inputs = (dy, x, h, randn(4096, 16))
     options = {"rank_dtype": half, "grad_dtype": torch.float32}
-    check(adapter_grads(*inputs, None, GAIN, **options), inputs, None, **options)
+    check(one_adapter_grads(*inputs, None, GAIN, **options), inputs, None, **options)
     inputs = make_inputs((1000, 4096, 4096, 16), half, rank_dtype=torch.float32)
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    check(adapter_grads(*inputs, None, GAIN, **options), inputs, None, **options)
+    check(one_adapter_grads(*inputs, None, GAIN, **options), inputs, None, **options)

@@ -17,7 +17,7 @@ from kernel_cases import (
     P,
     assert_kernel_as_accurate,
     doubles,
-    draw_mask,
+    draw_masks,
     every_second,
     padded_rows,
     randn,
@@ -26,7 +26,7 @@ from kernel_cases import (
 
 from fastlora import dropout, reference
 from fastlora.kernels import low_rank_gemm as module
-from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm
+from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
 from fastlora.kernels.tile_config import device_limits, forget_tiles, has_descriptors
 
 GAIN = 1.7
@@ -69,16 +69,16 @@ def descriptors(request, monkeypatch) -> Iterator[bool]:
 
 
 @pytest.fixture
-def described(descriptors, monkeypatch) -> list[torch.Size]:
+def described(descriptors, monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of the tensors that descriptors were made of."""
     shapes = []
-    make = module._describe
+    make = module._descriptor
 
-    def counted(tensor, tile):
-        shapes.append(tensor.shape)
-        return make(tensor, tile)
+    def counted(tensor, shape, *args):
+        shapes.append(tuple(shape))
+        return make(tensor, shape, *args)
 
-    monkeypatch.setattr(module, "_describe", counted)
+    monkeypatch.setattr(module, "_descriptor", counted)
     return shapes
 
 
@@ -130,12 +130,6 @@ def check_backward(dx, dys, weights, dhs, lora_as, keeps):
     assert_kernel_as_accurate(dx, *results)
 
 
-def draw_masks(kind, count, m, k):
-    """Return the masks as the kernel takes them (``None`` without dropout) and as bools."""
-    masks, keeps = zip(*(draw_mask(kind, 5 + g, m, k) for g in range(count)), strict=True)
-    return None if kind == "none" else masks, keeps
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_forward_is_as_accurate_as_torch(case, dtype):
@@ -162,8 +156,8 @@ def test_forward_in_parts(config, dtype, descriptors):
 def test_backward_is_as_accurate_as_torch(case, dtype):
     m, k, _, r = case
     inputs = backward_inputs(case, [r], dtype)
-    masks, keeps = draw_masks("bits", 1, m, k)
-    dx = input_grad(*inputs, masks, THRESHOLD, grad_dtype=dtype, config=TILE)
+    mask, keeps = draw_masks("bits", 1, m, k)
+    dx = input_grad(*inputs, mask, THRESHOLD, grad_dtype=dtype, config=TILE)
     check_backward(dx, *inputs, keeps)
 
 
@@ -171,8 +165,18 @@ def test_backward_is_as_accurate_as_torch(case, dtype):
 @pytest.mark.parametrize("mask", MASKS)
 def test_backward_of_siblings_in_parts(mask, config):
     inputs = backward_inputs((17, 72, 24, 0), [5, 72], torch.float16)
-    masks, keeps = draw_masks(mask, 2, 17, 72)
-    dx = input_grad(*inputs, masks, THRESHOLD, grad_dtype=torch.float16, config=config)
+    mask, keeps = draw_masks(mask, 2, 17, 72)
+    dx = input_grad(*inputs, mask, THRESHOLD, grad_dtype=torch.float16, config=config)
+    check_backward(dx, *inputs, keeps)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("siblings", [1, 3, 4])
+def test_backward_of_a_group(siblings, mask):
+    """Each sibling has 16 out features less than the one before, the fourth of them one alone."""
+    inputs = backward_inputs((20, 40, 40, 0), [8] * siblings)
+    mask, keeps = draw_masks(mask, siblings, 20, 40)
+    dx = input_grad(*inputs, mask, THRESHOLD, grad_dtype=torch.float32, config=TILE)
     check_backward(dx, *inputs, keeps)
 
 
@@ -188,10 +192,57 @@ def test_backward_of_siblings_read_either_way(dtype, descriptors):
 def test_backward_without_a_frozen_product(mask, columns):
     """What remains of dx when the frozen part is a quantised layer's own."""
     _, _, dhs, lora_as = backward_inputs((33, columns, 1, 0), [5, 16])
-    masks, keeps = draw_masks(mask, 2, 33, columns)
-    dx = input_grad([], [], dhs, lora_as, masks, THRESHOLD, grad_dtype=torch.float32, config=TILE)
+    mask, keeps = draw_masks(mask, 2, 33, columns)
+    dx = input_grad([], [], dhs, lora_as, mask, THRESHOLD, grad_dtype=torch.float32, config=TILE)
     zeros = [torch.zeros(33, 1, device=DEVICE)] * 2
     check_backward(dx, zeros, [zero[:1].expand(1, columns) for zero in zeros], dhs, lora_as, keeps)
+
+
+def check_term(y, h, lora_b, bias, gain, dtype):
+    """Compare with torch in fp32 (or the wider of the dtypes), rounded to the result's once."""
+    lora_b = lora_b.to(h.dtype)
+    results = []
+    for wide in (torch.float32, torch.float64):
+        term = gain * (h.to(wide) @ lora_b.to(wide).t())
+        results.append(term if bias is None else term + bias.to(wide))
+    assert_kernel_as_accurate(y, results[0].to(dtype), results[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_forward_without_a_frozen_product(case, dtype):
+    """What the hybrid plan writes before cuBLAS adds the rest."""
+    _, _, bias, h, lora_b = forward_inputs(case, dtype)
+    y = low_rank_term(h, lora_b, bias, GAIN, dtype=dtype, config=TILE)
+    check_term(y, h, lora_b, bias, GAIN, dtype)
+
+
+# 1e-42 is no normal fp32 number, and its inverse none at all.
+@pytest.mark.parametrize("gain", [0.0, -2.0, 1 / 3, 1e-42, 1e30])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_low_rank_term_of_any_gain(gain, with_bias):
+    _, _, bias, h, lora_b = forward_inputs((20, 40, 40, 5))
+    bias = bias if with_bias else None
+    y = low_rank_term(h, lora_b, bias, gain, dtype=torch.float32, config=TILE)
+    check_term(y, h, lora_b, bias, gain, torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("half", HALVES)
+def test_low_rank_term_of_fp32_operands_is_rounded_to_half_once(half, layout):
+    _, _, bias, h, lora_b = forward_inputs((33, 40, 72, 8))
+    y = low_rank_term(padded_rows(h), layout(lora_b), bias, GAIN, dtype=half, config=TILE)
+    check_term(y, h, lora_b, bias, GAIN, half)
+    h = h.to(half)  # as under autocast
+    y = low_rank_term(h, lora_b, bias, GAIN, dtype=half, config=TILE)
+    check_term(y, h, lora_b, bias, GAIN, half)
+
+
+def test_low_rank_term_is_stored_either_way(described, descriptors):
+    _, _, bias, h, lora_b = forward_inputs((20, 40, 24, 5), torch.float16)
+    y = low_rank_term(h, lora_b, bias, GAIN, dtype=torch.float16)
+    assert described == ([(20, 24)] if descriptors else [])
+    check_term(y, h, lora_b, bias, GAIN, torch.float16)
 
 
 def test_rows_of_whole_16_bytes_are_read_by_descriptors(described, descriptors):
@@ -232,11 +283,11 @@ def test_forward_takes_every_layout(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_backward_takes_every_layout(layout, mask):
     dys, weights, dhs, lora_as = backward_inputs((33, 72, 40, 0), [5])
-    masks, keeps = draw_masks(mask, 1, 33, 72)
+    mask, keeps = draw_masks(mask, 1, 33, 72)
     if mask == "bits":
         wide = torch.full((33, 12), 0x5A, dtype=torch.uint8, device=DEVICE)
-        wide[:, :9] = masks[0]
-        masks = [wide[:, :9]]
+        wide[:, :9] = mask[0]
+        mask = [wide[:, :9]]
     strided = (
         [change(tensors[0])]
         for change, tensors in (
@@ -246,7 +297,7 @@ def test_backward_takes_every_layout(layout, mask):
             (layout, lora_as),
         )
     )
-    dx = input_grad(*strided, masks, THRESHOLD, grad_dtype=torch.float32, config=TILE)
+    dx = input_grad(*strided, mask, THRESHOLD, grad_dtype=torch.float32, config=TILE)
     check_backward(dx, dys, weights, dhs, lora_as, keeps)
 
 
@@ -290,18 +341,19 @@ def test_fp32_adapter_on_a_half_base_is_added_before_the_only_rounding(half):
 @pytest.mark.parametrize("half", HALVES)
 def test_fp32_gradient_of_half_operands_is_not_rounded_to_half(half, mask):
     inputs = backward_inputs((33, 72, 40, 0), [5], half)
-    masks, keeps = draw_masks(mask, 1, 33, 72)
-    dx = input_grad(*inputs, masks, THRESHOLD, grad_dtype=torch.float32, config=TILE)
+    mask, keeps = draw_masks(mask, 1, 33, 72)
+    dx = input_grad(*inputs, mask, THRESHOLD, grad_dtype=torch.float32, config=TILE)
     check_backward(dx, *inputs, keeps)
 
 
 def test_same_inputs_give_the_same_bits():
     forward, backward = forward_inputs((33, 40, 72, 8)), backward_inputs((33, 40, 40, 0), [8, 5])
-    masks, _ = draw_masks("seed", 2, 33, 40)
+    mask, _ = draw_masks("seed", 2, 33, 40)
     runs = [
         (
             low_rank_gemm(*forward, GAIN, config=TILE),
-            input_grad(*backward, masks, THRESHOLD, grad_dtype=torch.float32, config=TILE),
+            low_rank_term(*forward[3:], None, GAIN, dtype=torch.float32, config=TILE),
+            input_grad(*backward, mask, THRESHOLD, grad_dtype=torch.float32, config=TILE),
         )
         for _ in range(2)
     ]
@@ -315,8 +367,8 @@ def test_default_tiles_cover_everything(dtype, mask):
     inputs = forward_inputs((70, 40, 136, 70), dtype)
     check_forward(low_rank_gemm(*inputs, GAIN), *inputs)
     inputs = backward_inputs((70, 136, 40, 0), [70], dtype)
-    masks, keeps = draw_masks(mask, 1, 70, 136)
-    check_backward(input_grad(*inputs, masks, THRESHOLD, grad_dtype=dtype), *inputs, keeps)
+    mask, keeps = draw_masks(mask, 1, 70, 136)
+    check_backward(input_grad(*inputs, mask, THRESHOLD, grad_dtype=dtype), *inputs, keeps)
 
 
 @pytest.mark.parametrize(("mask", "width"), [("none", 256), ("bits", 256), ("seed", 128)])
@@ -329,10 +381,10 @@ def test_drawing_a_mask_narrows_the_tile(mask, width, monkeypatch):
             return lambda *args, **constants: widths.append(constants["BLOCK_N"])
 
     monkeypatch.setattr(module, "_low_rank_gemm_kernel", Launch())
-    masks, _ = draw_masks(mask, 1, 8, 24)
+    mask, _ = draw_masks(mask, 1, 8, 24)
     config = replace(TILE, block_n=256)
     inputs = backward_inputs((8, 24, 40, 0), [5])
-    input_grad(*inputs, masks, THRESHOLD, grad_dtype=torch.float32, config=config)
+    input_grad(*inputs, mask, THRESHOLD, grad_dtype=torch.float32, config=config)
     assert widths == [width]
 
 
@@ -345,13 +397,22 @@ def test_forward_is_as_accurate_as_torch_at_real_sizes(dtype, rank, descriptors)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rank", [5, 16, 64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_term_at_real_sizes(dtype, rank):
+    _, _, bias, h, lora_b = forward_inputs((1000, 64, 4096, rank), dtype)
+    y = low_rank_term(h, lora_b, bias, GAIN, dtype=dtype)
+    check_term(y, h, lora_b, bias, GAIN, dtype)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("ranks", [(5,), (16,), (64,), (128,), (256,), (16, 16, 16)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_is_as_accurate_as_torch_at_real_sizes(dtype, ranks, mask, descriptors):
     inputs = backward_inputs((1000, 4096, 4096, 0), ranks, dtype)
-    masks, keeps = draw_masks(mask, len(ranks), 1000, 4096)
-    dx = input_grad(*inputs, masks, THRESHOLD, grad_dtype=dtype)
+    mask, keeps = draw_masks(mask, len(ranks), 1000, 4096)
+    dx = input_grad(*inputs, mask, THRESHOLD, grad_dtype=dtype)
     check_backward(dx, *inputs, keeps)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -50,12 +51,13 @@ def _philox_kernel(seed_ptr, out_ptr, first_row, first_block, ROWS: tl.constexpr
 
 @triton.jit
 def _mask_kernel(
-    mask_ptr, out_ptr, stride_mask, first_row, M, first_column, N, threshold,
+    mask_ptr, out_ptr, stride_mask, first_row, M, first_column, N, stream, threshold,
     FROM_SEED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     bits = load_bits(
-        mask_ptr, stride_mask, first_row, M, first_column, N, threshold, FROM_SEED, ROWS, COLUMNS
-    )
+        mask_ptr, stride_mask, first_row, M, first_column, N, stream, threshold, FROM_SEED,
+        ROWS, COLUMNS,
+    )  # fmt: skip
     keep = expand_bits(bits, ROWS, COLUMNS).to(tl.int8)
     store_tile(out_ptr, COLUMNS, 1, 0, ROWS, 0, COLUMNS, keep, ROWS, COLUMNS)
 
@@ -80,14 +82,14 @@ def _order_kernel(order_ptr, row_blocks, column_blocks, GROUP_M: tl.constexpr):
     tl.store(order_ptr + tile, row * column_blocks + column)
 
 
-def mask_of(mask, first_row, first_column, rows, columns, p, of=None):
+def mask_of(mask, first_row, first_column, rows, columns, p, of=None, stream=0):
     """Read a part of a mask the way the kernels do; ``of`` is the size of the whole mask."""
     m, n = of or (first_row + rows, first_column + columns)
     out = torch.full((rows, columns), -1, dtype=torch.int8, device=DEVICE)
     from_seed = mask.dtype != torch.uint8
     stride = 0 if from_seed else mask.stride(0)
     _mask_kernel[(1,)](
-        mask, out, stride, first_row, m, first_column, n, dropout.threshold(p),
+        mask, out, stride, first_row, m, first_column, n, stream, dropout.threshold(p),
         FROM_SEED=from_seed, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
     return out.bool()
@@ -135,6 +137,13 @@ def test_drawn_mask_is_the_defined_one(first_row, first_column, p):
     assert torch.equal(drawn, keep[:, first_column:])
 
 
+@pytest.mark.parametrize("stream", [1, 2, 3, 16])
+def test_every_stream_draws_its_defined_mask(stream):
+    seed = seed_of(0x123456789ABCDEF)
+    keep = dropout.keep_mask(seed, 16, 40, P, first_row=5, stream=stream)
+    assert torch.equal(mask_of(seed, 5, 8, 16, 32, P, stream=stream), keep[:, 8:])
+
+
 def test_loaded_mask_is_the_drawn_one():
     seed, p = seed_of(9), 0.3
     bits = dropout.pack(dropout.keep_mask(seed, 40, 80, p))
@@ -155,7 +164,7 @@ def test_kernel_draws_the_mask_of_every_row_block():
     # Nine interpreted programs instead of 1,025; no GPU has the registers for such a tile.
     config = TileConfig(2**13 if DEVICE.type == "cpu" else 64, block_k=16)
     _, (bits,) = shrink(
-        x, [randn(1, 8)], [seed], dropout.threshold(P), rank_dtype=torch.float32,
+        x, [randn(1, 8)], seed, dropout.threshold(P), rank_dtype=torch.float32,
         return_bits=True, config=config,
     )  # fmt: skip
     assert torch.equal(bits, dropout.pack(dropout.keep_mask(seed, *x.shape, P)))
@@ -170,7 +179,7 @@ def test_what_a_kernel_leaves_unwritten_is_poisoned(monkeypatch):
 
     monkeypatch.setattr(shrink_module, "_shrink_kernel", Idle())
     (h,), (bits,) = shrink(
-        randn(5, 8), [randn(2, 8)], [seed_of(1)], rank_dtype=torch.float32, return_bits=True,
+        randn(5, 8), [randn(2, 8)], seed_of(1), rank_dtype=torch.float32, return_bits=True,
         config=SMALL,
     )  # fmt: skip
     assert h.isnan().all()
@@ -217,13 +226,19 @@ def test_grouped_tiles_are_walked_once_each(rows, columns, group):
 def test_partial_sums_are_added_in_the_order_of_the_splits(dtype):
     """Several sums of one launch: one of more than a block, one transposed, one with one split."""
     shapes, gains = [(3, 5, 300), (7, 40, 16), (1, 1, 1)], [1.0, -1 / 3, 1.7]
-    partials = [randn(*shape) for shape in shapes]
+    scratch = randn(3 * 5 * 300 + 7 * 40 * 16 + 1)
     outs = [torch.full(shape[1:], float("nan"), dtype=dtype, device=DEVICE) for shape in shapes]
     outs[1] = outs[1].t().contiguous().t()
-    add_partials([PartialSum(*job) for job in zip(partials, outs, gains, strict=True)])
-    for partial, out, gain in zip(partials, outs, gains, strict=True):
-        total = torch.zeros_like(partial[0])
-        for split in partial:
+    firsts = [0, 3 * 5 * 300, 3 * 5 * 300 + 7 * 40 * 16]
+    add_partials(
+        tuple(
+            PartialSum(scratch, out, gain, first, *shape, *out.stride())
+            for out, gain, first, shape in zip(outs, gains, firsts, shapes, strict=True)
+        )
+    )
+    for out, gain, first, shape in zip(outs, gains, firsts, shapes, strict=True):
+        total = torch.zeros(shape[1:], device=DEVICE)
+        for split in scratch[first:][: math.prod(shape)].view(shape):
             total = total + split
         assert torch.equal(out, (total * gain).to(dtype))
 
@@ -309,6 +324,32 @@ def test_keys_hold_what_the_operation_depends_on():
     assert {(key.dtype, key.r) for key in keys.values()} == {("bfloat16", 16)}
 
 
+def test_keys_of_siblings_hold_one_rank_and_their_number():
+    alone, three = (tile_key("shrink", torch.bfloat16, 100, 0, 40, 5, g) for g in (1, 3))
+    assert (alone.r, alone.siblings) == (16, 1)
+    assert (three.r, three.siblings) == (16, 3)
+    assert tile_key("shrink", torch.bfloat16, 100, 0, 40, 5) == alone
+
+
+def test_default_tiles_of_siblings_see_the_sum_of_their_ranks():
+    limits = DeviceLimits("H200", 90, 232448, 132)
+    for operation in ("shrink", "input_pass"):
+        args = operation, limits, torch.float16, 1000, 0, 4096
+        assert default_tile(*args, 16, siblings=3) == default_tile(*args, 64)
+    # A program of the pass over dy, and a chunk of the GEMM, hold one sibling's rank.
+    for operation in ("output_pass", "input_grad"):
+        args = operation, limits, torch.float16, 1000, 4608, 4096
+        assert default_tile(*args, 16, siblings=3) == default_tile(*args, 16)
+
+
+@pytest.mark.parametrize("limits", DEVICES)
+def test_low_rank_term_alone_has_a_tile_of_its_own(limits):
+    half = torch.float16
+    term = default_tile("low_rank_gemm", limits, half, 1000, 4096, 0, 16)
+    assert term == default_tile("input_grad", limits, half, 1000, 0, 4096, 16)
+    assert term.block_m * term.block_n <= 64 * 64
+
+
 @pytest.mark.parametrize(
     ("rank", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (256, 256)]
 )
@@ -368,6 +409,20 @@ def test_committed_table_wins_over_the_users_cache_and_both_over_the_default(tab
     assert look_up("shrink") == committed
     assert look_up("input_pass") == cached
     assert look_up("input_pass", m=300) == default  # another bucket of rows
+
+
+def test_table_that_does_not_know_siblings_is_of_single_projections(tables):
+    default = tile_config_for("shrink", DEVICE, torch.float16, 100, k=40, r=16, siblings=3)
+    tables(tile_config.TUNED, shrink=SMALL.as_dict())
+    path = tile_config.TUNED / "some-gpu.json"
+    table = json.loads(path.read_text())
+    for row in table["entries"]:
+        del row["key"]["siblings"]
+    path.write_text(json.dumps(table))
+    forget_tiles()
+    assert look_up("shrink") == SMALL
+    group = tile_config_for("shrink", DEVICE, torch.float16, 100, k=40, r=16, siblings=3)
+    assert group == default
 
 
 def test_entry_without_a_tile_leaves_the_default(tables):

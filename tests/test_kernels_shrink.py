@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,7 @@ CASES = [
     pytest.param((20, 72, (8,), 7), id="more-splits-than-column-blocks"),
     pytest.param((20, 72, (5, 16, 1), 1), id="siblings"),
     pytest.param((17, 71, (5, 64, 16), 2), id="siblings-and-splits"),
+    pytest.param((17, 40, (8, 8, 8, 8), 1), id="four-siblings"),
 ]
 
 
@@ -47,8 +49,12 @@ def make_inputs(case, dtype=torch.float32):
     m, k, ranks, splits = case
     x = randn(m, k, dtype=dtype)
     lora_as = [randn(rank, k, dtype=dtype, scale=k**-0.5) for rank in ranks]
-    seeds = [seed_of(17 + 2**40 * g) for g in range(len(ranks))]
-    return x, lora_as, seeds, replace(SMALL, splits=splits)
+    return x, lora_as, seed_of(17 + 2**40), replace(SMALL, splits=splits)
+
+
+def keep_masks(seed, x, count):
+    """Return the masks of siblings: streams of one seed."""
+    return [dropout.keep_mask(seed, *x.shape, P, stream=g) for g in range(count)]
 
 
 def check(hs, x, lora_as, keeps, rank_dtype, gain=1.0):
@@ -72,29 +78,51 @@ def test_kernel_is_as_accurate_as_torch(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_is_as_accurate_as_torch_under_dropout(case, dtype):
-    x, lora_as, seeds, config = make_inputs(case, dtype)
-    hs, bits = shrink(x, lora_as, seeds, THRESHOLD, rank_dtype=dtype, config=config)
+    x, lora_as, seed, config = make_inputs(case, dtype)
+    hs, bits = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=dtype, config=config)
     assert bits == []
-    check(hs, x, lora_as, [dropout.keep_mask(seed, *x.shape, P) for seed in seeds], dtype)
+    check(hs, x, lora_as, keep_masks(seed, x, len(lora_as)), dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_the_defined_mask(case):
-    x, lora_as, seeds, config = make_inputs(case)
+    x, lora_as, seed, config = make_inputs(case)
     _, bits = shrink(
-        x, lora_as, seeds, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config
+        x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config
     )
     assert len(bits) == len(lora_as)
-    for seed, mask in zip(seeds, bits, strict=True):
-        keep = dropout.keep_mask(seed, *x.shape, P)
+    for keep, mask in zip(keep_masks(seed, x, len(lora_as)), bits, strict=True):
         assert torch.equal(dropout.unpack(mask, x.shape[1]), keep)
 
 
+@pytest.mark.parametrize("siblings", [2, 3, 4])
+def test_siblings_are_masked_independently(siblings):
+    x = torch.zeros(200, 160, device=DEVICE)
+    lora_as = [randn(4, 160) for _ in range(siblings)]
+    config = replace(SMALL, block_m=128, block_k=128)
+    _, bits = shrink(
+        x, lora_as, seed_of(3), dropout.threshold(0.5), rank_dtype=x.dtype, return_bits=True,
+        config=config,
+    )  # fmt: skip
+    keeps = [dropout.unpack(mask, 160) for mask in bits]
+    for one, two in itertools.combinations(keeps, 2):
+        agreement = (one == two).double().mean().item()
+        assert abs(agreement - 0.5) < 5 * 0.5 / one.numel() ** 0.5
+
+
+def test_an_adapter_alone_draws_the_first_stream():
+    x, lora_as, seed, config = make_inputs((17, 72, (5, 16), 1))
+    options = {"rank_dtype": x.dtype, "return_bits": True, "config": config}
+    _, (alone,) = shrink(x, lora_as[:1], seed, THRESHOLD, **options)
+    _, (first, _) = shrink(x, lora_as, seed, THRESHOLD, **options)
+    assert torch.equal(alone, first)
+
+
 def test_writing_bits_does_not_change_h():
-    x, lora_as, seeds, config = make_inputs((17, 72, (5, 16), 2))
-    hs, _ = shrink(x, lora_as, seeds, THRESHOLD, rank_dtype=x.dtype, config=config)
+    x, lora_as, seed, config = make_inputs((17, 72, (5, 16), 2))
+    hs, _ = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, config=config)
     others, _ = shrink(
-        x, lora_as, seeds, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config
+        x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config
     )
     assert all(map(torch.equal, hs, others))
 
@@ -107,10 +135,10 @@ def test_no_bits_without_dropout():
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_takes_every_layout(layout, splits):
-    x, lora_as, seeds, config = make_inputs((20, 72, (5, 16), splits))
+    x, lora_as, seed, config = make_inputs((20, 72, (5, 16), splits))
     strided = layout(x), [layout(a) for a in lora_as]
-    hs, _ = shrink(*strided, seeds, THRESHOLD, rank_dtype=x.dtype, config=config)
-    check(hs, x, lora_as, [dropout.keep_mask(seed, *x.shape, P) for seed in seeds], x.dtype)
+    hs, _ = shrink(*strided, seed, THRESHOLD, rank_dtype=x.dtype, config=config)
+    check(hs, x, lora_as, keep_masks(seed, x, len(lora_as)), x.dtype)
 
 
 def test_siblings_may_differ_in_layout():
@@ -149,9 +177,9 @@ def test_gain_multiplies_the_sum_once(gain, splits):
 
 
 def test_same_inputs_give_the_same_bits():
-    x, lora_as, seeds, config = make_inputs((20, 72, (5, 16), 3), torch.float16)
+    x, lora_as, seed, config = make_inputs((20, 72, (5, 16), 3), torch.float16)
     runs = [
-        shrink(x, lora_as, seeds, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config)
+        shrink(x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config)
         for _ in range(2)
     ]
     for first, second in zip(*runs, strict=True):
@@ -160,9 +188,9 @@ def test_same_inputs_give_the_same_bits():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_tile_covers_everything(dtype):
-    x, lora_as, seeds, _ = make_inputs((70, 40, (8, 70), 1), dtype)
-    hs, _ = shrink(x, lora_as, seeds, THRESHOLD, rank_dtype=dtype)
-    check(hs, x, lora_as, [dropout.keep_mask(seed, *x.shape, P) for seed in seeds], dtype)
+    x, lora_as, seed, _ = make_inputs((70, 40, (8, 70), 1), dtype)
+    hs, _ = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=dtype)
+    check(hs, x, lora_as, keep_masks(seed, x, len(lora_as)), dtype)
 
 
 @pytest.mark.gpu
@@ -170,8 +198,8 @@ def test_default_tile_covers_everything(dtype):
 @pytest.mark.parametrize("ranks", [(5,), (16,), (64,), (128,), (256,), (16, 16, 16)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_tile_is_as_accurate_as_torch_at_real_sizes(dtype, ranks, p):
-    x, lora_as, seeds, _ = make_inputs((1000, 4096, ranks, 1), dtype)
+    x, lora_as, seed, _ = make_inputs((1000, 4096, ranks, 1), dtype)
     assert x.device.type == DEVICE.type
-    hs, _ = shrink(x, lora_as, seeds if p else None, THRESHOLD, rank_dtype=dtype)
-    keeps = [dropout.keep_mask(seed, *x.shape, P) if p else None for seed in seeds]
+    hs, _ = shrink(x, lora_as, seed if p else None, THRESHOLD, rank_dtype=dtype)
+    keeps = keep_masks(seed, x, len(ranks)) if p else [None] * len(ranks)
     check(hs, x, lora_as, keeps, dtype)

@@ -53,34 +53,74 @@ def test_wide_rank_is_added_before_the_only_rounding():
     assert torch.equal(y, exact.to(torch.bfloat16))
 
 
+def make_siblings(case, ns, p, dtype=torch.float32):
+    """Return the operator's first five arguments with masks as bits, the seed, and the keeps."""
+    m, k, _, r = case
+    seed = torch.tensor(2)
+    keeps = [dropout.keep_mask(seed, m, k, p, stream=g) if p else None for g in range(len(ns))]
+    dys, weights, dhs, lora_as = (
+        [torch.randn(size).to(dtype) for size in sizes]
+        for sizes in (
+            [(m, n) for n in ns],
+            [(n, k) for n in ns],
+            [(m, r) for _ in ns],
+            [(r, k) for _ in ns],
+        )
+    )
+    bits = [dropout.pack(keep) for keep in keeps if keep is not None]
+    return [dys, weights, dhs, lora_as, bits], seed, keeps
+
+
+def sum_of_definitions(arguments, keeps):
+    dys, weights, dhs, lora_as, _ = arguments
+    return sum(
+        reference.input_grad(*each) for each in zip(dys, weights, dhs, lora_as, keeps, strict=True)
+    )
+
+
+SIBLINGS = [pytest.param([24], id="alone"), pytest.param([24, 8, 9], id="siblings")]
+
+
+@pytest.mark.parametrize("ns", SIBLINGS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_backward_is_as_accurate_as_its_definition(case, dtype, p):
-    x, weight, _, dh, _ = make_inputs(case, dtype)
-    m, k = x.shape
-    dy, a = torch.randn(m, weight.shape[0]).to(dtype), torch.randn(dh.shape[1], k).to(dtype)
-    keep = dropout.keep_mask(torch.tensor(2), m, k, p) if p else None
-    mask = dropout.pack(keep) if p else None
-    dx = ops.input_grad(dy, weight, dh, a, mask, p, dtype=dtype, grad_dtype=dtype)
-    native = reference.input_grad(dy, weight, dh, a, keep)
-    assert_as_accurate(dx, native, reference.input_grad(*doubles(dy, weight, dh, a), keep))
+def test_backward_is_as_accurate_as_its_definition(case, dtype, p, ns):
+    arguments, seed, keeps = make_siblings(case, ns, p, dtype)
+    dx = ops.input_grad(*arguments, p, dtype=dtype, grad_dtype=dtype)
+    exact_arguments = [[t.double() for t in tensors] for tensors in arguments]
+    exact = sum_of_definitions(exact_arguments, keeps)
+    assert_as_accurate(dx, sum_of_definitions(arguments, keeps), exact)
+    if p:
+        from_seed = ops.input_grad(*arguments[:4], [seed], p, dtype=dtype, grad_dtype=dtype)
+        assert torch.equal(dx, from_seed)
 
 
+def test_gradient_of_a_wide_input_is_summed_in_its_dtype():
+    """Under autocast x may be fp32: what the siblings add to its gradient is not rounded again."""
+    arguments, _, keeps = make_siblings((30, 40, 24, 5), [24, 8, 9], 0.3, torch.bfloat16)
+    dx = ops.input_grad(*arguments, 0.3, dtype=torch.bfloat16, grad_dtype=torch.float32)
+    dys, weights, dhs, lora_as, _ = arguments
+    native = sum(
+        reference.input_grad(*each).float()
+        for each in zip(dys, weights, dhs, lora_as, keeps, strict=True)
+    )
+    exact_arguments = [[t.double() for t in tensors] for tensors in arguments]
+    assert_as_accurate(dx, native, sum_of_definitions(exact_arguments, keeps))
+    assert dx.dtype == torch.float32
+
+
+@pytest.mark.parametrize("ns", SIBLINGS)
 @pytest.mark.parametrize("case", CASES)
-def test_operators_are_well_formed(case):
+def test_operators_are_well_formed(case, ns):
     x, weight, b, h, lora_b = make_inputs(case)
     torch.library.opcheck(
         ops.low_rank_gemm, (x, weight, b, h, lora_b, GAIN), {"dtype": torch.float32}
     )
-    dy, a = torch.randn(x.shape[0], weight.shape[0]), torch.randn(h.shape[1], x.shape[1])
-    for mask in (
-        None,
-        torch.tensor(3),
-        dropout.pack(dropout.keep_mask(torch.tensor(3), *x.shape, 0.1)),
-    ):
+    arguments, seed, _ = make_siblings(case, ns, 0.1)
+    for masks in ([], [seed], arguments[4]):
         torch.library.opcheck(
             ops.input_grad,
-            (dy, weight, h, a, mask, 0.1),
+            (*arguments[:4], masks, 0.1),
             {"dtype": torch.float32, "grad_dtype": torch.float32},
         )

@@ -308,7 +308,7 @@ def test_explain_of_a_patched_model_is_its_report() -> None:
     report = fastlora.patch(model)
     logits_of(model)
     assert fastlora.explain(model) == str(report)
-    assert str(report) == f"fused {LINEARS} of {LINEARS} LoRA linears; 0 fall back"
+    assert str(report) == f"fused {LINEARS} of {LINEARS} LoRA linears in 4 groups; 0 fall back"
 
 
 def test_explain_follows_the_state_of_the_model() -> None:
@@ -330,6 +330,36 @@ def test_explain_tells_why_the_last_call_went_to_peft() -> None:
     assert fastlora.explain(model) == fused
 
 
+@pytest.mark.parametrize(
+    ("names", "abridged"),
+    [
+        pytest.param(["a", "b.c"], ["a", "b.c"], id="nothing-in-common"),
+        pytest.param(
+            [f"layers.{n}.mlp.{part}" for n in range(28) for part in ("gate", "up")],
+            ["layers.0-27.mlp.(gate, up)"],
+            id="layers-and-siblings",
+        ),
+        pytest.param(
+            [f"layers.{n}.{part}" for n in (0, 4, 5) for part in ("q", "v")] + ["layers.1.q"],
+            ["layers.0,4,5.(q, v)", "layers.1.q"],
+            id="some-layers-only",
+        ),
+        pytest.param(
+            ["x.0.e.0.w", "x.0.e.1.w", "x.1.e.0.w"],
+            ["x.0.e.0.w", "x.0.e.1.w", "x.1.e.0.w"],
+            id="not-every-combination",
+        ),
+        pytest.param(["h.0.w{}", "h.1.w{}"], ["h.0,1.w{}"], id="braces-in-a-name"),
+    ],
+)
+def test_report_names_every_layer_in_few_words(names: list[str], abridged: list[str]) -> None:
+    report = PatchReport("Model", fallback=dict.fromkeys(names, "why"))
+    (line,) = str(report).splitlines()[1:]
+    count = f"{len(names)} layers: " if len(abridged) < len(names) else ""
+    assert line == f"  falls back to peft: why ({count}{', '.join(abridged)})"
+    assert all(name in report.text() for name in names)
+
+
 def test_report_groups_layers_by_reason_and_fits_on_a_screen() -> None:
     report = PatchReport(
         "Model",
@@ -341,7 +371,7 @@ def test_report_groups_layers_by_reason_and_fits_on_a_screen() -> None:
     )
     assert str(report).splitlines() == [
         "fused 1 of 8 LoRA linears; 6 fall back; 1 not patched",
-        "  falls back to peft: common (c, d, e, and 2 more)",
+        "  falls back to peft: common (5 layers: (c, d, e, f, g))",
         "  falls back to peft: rare (b)",
         "  left alone: special (h)",
         "  not patched: fastlora.patch has not been called on it (i)",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def assert_fused(
     assert_layer_as_accurate(fused, plain, inputs() if x is None else x, **kwargs)
     assert (spy.fused, spy.peft) == (count, 0)
     explained = fastlora.explain(fused)
-    assert f"fused {count} of {count} LoRA linears; 0 fall back" in explained
+    assert re.match(rf"fused {count} of {count} LoRA linears( in \d+ groups)?; 0 fall", explained)
     assert "went to peft" not in explained
 
 
@@ -221,15 +222,48 @@ def test_layer_without_an_active_adapter_falls_back(spy: Spy) -> None:
     )
 
 
-def test_several_active_adapters_fall_back(spy: Spy) -> None:
+def activate_both(model: PeftModel, **lora: object) -> None:
+    add_second_adapter(model, **lora)
+    model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        pytest.param({}, id="alike"),
+        pytest.param({"r": 7, "lora_alpha": 3}, id="other-rank-and-scaling"),
+        pytest.param({"lora_bias": True}, id="one-with-a-bias"),
+    ],
+)
+def test_several_active_adapters_are_stacked(spy: Spy, second: dict[str, object]) -> None:
     """Row: several active adapters (base_model.set_adapter([a, b]))."""
+    fused, plain = twins(peft_net(), lambda model: activate_both(model, **second))
+    assert_fused(spy, fused, plain)
+    # One may be frozen: it takes part, and gets no gradient.
+    for model in (fused, plain):
+        for layer in linears(model):
+            layer.lora_A["default"].requires_grad_(False)
+            layer.lora_B["default"].requires_grad_(False)
+    assert_fused(spy, fused, plain)
+    assert not [n for n, p in fused.named_parameters() if "default" in n and p.grad is not None]
 
-    def activate_both(model: PeftModel) -> None:
-        add_second_adapter(model)
-        model.base_model.set_adapter(["default", "other"])
+    # A mask for each of them: not in one operation.
+    for model in (fused, plain):
+        for layer in linears(model):
+            layer.lora_dropout["other"] = nn.Dropout(0.5)
+        model.train()
+    spy.reset()
+    fused(inputs())
+    assert (spy.fused, spy.peft) == (0, 2)
+    assert "2 adapters with dropout are active at once: default, other" in fastlora.explain(fused)
+    assert_fused(spy, fused.eval(), plain.eval())
 
-    fused, plain = twins(peft_net(), activate_both)
-    reason = "falls back to peft: 2 adapters are active at once: default, other"
+    # peft casts the input from one dtype to the next, in the order of the adapters.
+    for model in (fused, plain):
+        for layer in linears(model):
+            layer.lora_A["other"].double()
+            layer.lora_B["other"].double()
+    reason = "2 adapters of different dtypes are active at once: default is torch.float32, other is"
     assert_falls_back(spy, fused, plain, reason)
 
 
@@ -312,10 +346,14 @@ def test_trained_base_weight_falls_back(spy: Spy) -> None:
     assert all(layer.base_layer.weight.grad is not None for layer in linears(fused))
 
 
-def test_bias_of_the_adapter_falls_back(spy: Spy) -> None:
+def test_bias_of_the_adapter_is_fused(spy: Spy) -> None:
     """Row: lora_bias=True."""
     fused, plain = twins(peft_net(lora_bias=True))
-    assert_falls_back(spy, fused, plain, "falls back to peft: lora_B has a bias (lora_bias)")
+    for model in (fused, plain):
+        for layer in linears(model):
+            torch.manual_seed(6)
+            nn.init.normal_(layer.lora_B["default"].bias)
+    assert_fused(spy, fused, plain)
     assert all(layer.lora_B["default"].bias.grad is not None for layer in linears(fused))
 
 
@@ -421,7 +459,6 @@ def _arrow() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("cls", "settings"),
     [
-        variant("DoRA", "DoraLinearVariant", lambda: {"use_dora": True}),
         variant("aLoRA", "ALoraLinearVariant", lambda: {"alora_invocation_tokens": [1]}),
         variant("Arrow", "ArrowLinearVariant", _arrow),
         variant("BD-LoRA", "BdLoraLinearVariant", _bd_lora),
@@ -439,10 +476,10 @@ def _arrow() -> dict[str, object]:
     ],
 )
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported for CAUSAL_LM")
-def test_dora_and_other_variants_fall_back(
+def test_other_variants_fall_back(
     spy: Spy, cls: str, settings: Callable[[], dict[str, object]]
 ) -> None:
-    """Row: DoRA, aLoRA, Arrow, BD-LoRA, VeLoRA, MonteCLoRA, KaSA."""
+    """Row: aLoRA, Arrow, BD-LoRA, VeLoRA, MonteCLoRA, KaSA."""
     lora = settings()
     if "arrow_config" in lora:  # routes between the plain adapters that are already there
         model = peft_net()
@@ -459,6 +496,32 @@ def test_dora_and_other_variants_fall_back(
     for fused_layer, plain_layer in zip(linears(fused), linears(plain), strict=True):
         x = inputs(3, 5, fused_layer.in_features)
         assert_falls_back(spy, fused_layer, plain_layer, reason, x, **kwargs)
+
+
+def test_dora_is_fused(spy: Spy) -> None:
+    """Row: DoRA."""
+    fused, plain = twins(peft_net(use_dora=True, lora_dropout=0.25))
+    for model in (fused, plain):
+        nudge(model)
+        for layer in linears(model):
+            layer.lora_magnitude_vector["default"].weight.data *= 1.5
+    assert_fused(spy, fused.eval(), plain.eval())
+    magnitudes = [n for n, p in fused.named_parameters() if "magnitude" in n and p.grad is not None]
+    assert len(magnitudes) == 2
+
+    # With dropout peft drops the input of the frozen product as well.
+    spy.reset()
+    fused.train()(inputs())
+    assert (spy.fused, spy.peft) == (0, 2)
+    assert "last call went to peft: DoRA with dropout" in fastlora.explain(fused)
+
+    def activate_other(model: PeftModel) -> None:
+        activate_both(model)
+        model.eval()
+
+    fused, plain = twins(peft_net(use_dora=True), activate_other)
+    reason = "DoRA is active beside other adapters: default, other"
+    assert_falls_back(spy, fused, plain, reason)
 
 
 @pytest.mark.skipif(

@@ -129,10 +129,16 @@ def test_every_initialization_is_fused(
     assert_fused(spy, fused, plain)
 
 
-def test_transposed_base_weight_falls_back(spy: Spy) -> None:
+def test_transposed_base_weight_is_fused(spy: Spy) -> None:
     """Row: fan_in_fan_out / Conv1D (GPT-2)."""
     fused, plain = twins(tiny_peft("gpt2", fan_in_fan_out=True))
-    reason = "falls back to peft: the base weight is stored transposed (fan_in_fan_out)"
+    assert {type(layer.base_layer).__name__ for layer in linears(fused)} == {"Conv1D"}
+    assert_fused(spy, fused, plain, tokens())
+    # Only where the two belong together: peft multiplies by what the base layer is.
+    for model in (fused, plain):
+        for layer in linears(model):
+            layer.fan_in_fan_out = False
+    reason = "falls back to peft: the base layer is a Conv1D, not an nn.Linear"
     assert_falls_back(spy, fused, plain, reason, tokens())
 
 

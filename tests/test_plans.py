@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
@@ -168,11 +169,23 @@ def test_a_kernel_that_failed_its_check_is_not_used(pretend, kernel, expected):
     assert f"{kernel}: h is off by 1.0e+00" in described
 
 
-def test_a_failed_gemm_is_not_used_for_the_masked_term_either(pretend):
-    pretend(H200, {"low_rank_gemm": "y is off by 1.0e+00"})
-    assert plan("input_grad", masked=True) == "plain"
-    assert plan("input_grad") == "hybrid"
-    assert plan("shrink", masked=True) == "hybrid"
+def test_without_the_low_rank_term_only_the_frozen_products_are_plain(pretend):
+    failures = {"low_rank_term": "y is off by 1.0e+00", "low_rank_gemm": "y is off by 2.0e+00"}
+    pretend(H200, failures)
+    with fastlora.backend("fused"):
+        assert plan("low_rank_gemm") == "plain"
+        assert plan("input_grad", masked=True) == "plain"
+        assert plan("shrink", masked=True) == "fused"
+    described = plans.describe(CUDA)
+    assert "(NVIDIA H200): plain for the frozen products; low_rank_term: y is off" in described
+    assert "low_rank_gemm: y is off by 2.0e+00" in described
+
+
+def test_a_table_s_entry_is_of_a_group_or_of_a_linear(pretend, tmp_path):
+    write_table(tmp_path / "fastlora" / "tuned", "fused")
+    pretend(H200)
+    assert plan() == "fused"
+    assert plan(siblings=3) == "hybrid"
 
 
 def test_blocks_of_two_threads_may_overlap():
@@ -239,12 +252,15 @@ def test_correct_kernels_pass_the_check_once(unchecked, monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("kernel", "fallback"),
-    [("low_rank_gemm", "hybrid"), ("shrink", "plain"), ("adapter_grads", "plain")],
+    ("kernel", "failed"),
+    [
+        # The two forms of one kernel.
+        ("low_rank_gemm", {"low_rank_term": "plain", "low_rank_gemm": "hybrid"}),
+        ("shrink", {"shrink": "plain"}),
+        ("adapter_grads", {"adapter_grads": "plain"}),
+    ],
 )
-def test_a_wrong_kernel_is_found_and_leads_to_another_plan(
-    unchecked, monkeypatch, kernel, fallback
-):
+def test_a_wrong_kernel_is_found_and_leads_to_another_plan(unchecked, monkeypatch, kernel, failed):
     """The kernels themselves are broken here, not the check: the loads see a wrong stride."""
     import importlib
 
@@ -271,13 +287,13 @@ def test_a_wrong_kernel_is_found_and_leads_to_another_plan(
                     yield tensor
 
     monkeypatch.setattr(module, f"_{kernel}_kernel", Broken())
-    with pytest.warns(
-        RuntimeWarning, match=rf"kernel {kernel} does not work .*the {fallback} plan"
-    ):
+    with pytest.warns(RuntimeWarning) as warned:
         failures = plans.check_device(CPU)
-    assert list(failures) == [kernel]
+    assert list(failures) == list(failed)
+    for warning, (form, fallback) in zip(warned, failed.items(), strict=True):
+        assert re.search(rf"{form} does not work .*the {fallback} plan", str(warning.message))
     with fastlora.backend("fused"):
-        assert plan("low_rank_gemm", CPU) == fallback
+        assert plan("low_rank_gemm", CPU) == "plain"
 
 
 @interpreted

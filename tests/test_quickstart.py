@@ -114,7 +114,7 @@ def test_whole_script_runs_and_fails_loudly_on_a_model_that_cannot_learn(
     assert "identity: 0 of 4 answers as trained" in message
     assert "logits" not in message
     printed = capsys.readouterr().out
-    assert "fused 14 of 14 LoRA linears; 0 fall back" in printed
+    assert "fused 14 of 14 LoRA linears in 4 groups; 0 fall back" in printed
     assert "identity: logits of patched and plain peft differ by" in printed
     for adapter in quickstart.ADAPTERS:
         assert (out / adapter / "adapter_model.safetensors").exists()

@@ -16,6 +16,7 @@ from tiny_models import tiny_peft
 
 import fastlora
 from fastlora import dropout, lora_linear, plans
+from fastlora.functional import apply_siblings
 from fastlora.kernels import tile_config
 
 GPU = torch.cuda.is_available()
@@ -113,6 +114,59 @@ def test_forward_and_backward_are_as_accurate_as_peft(plan, dtypes, shape, p, ma
     exact = run(peft, exact_inputs, None)
     for name in exact:
         assert_as_accurate(results[0][name], results[1][name], exact[name], name=name)
+
+
+# Out features of siblings: q/k/v with few heads for keys, gate/up, the four in_proj of Qwen3.5.
+SIBLINGS = [
+    pytest.param((48, 8, 8), id="q-k-v"),
+    pytest.param((40, 40), id="gate-up"),
+    pytest.param((64, 32, 4, 4), id="four"),
+]
+
+
+@pytest.mark.parametrize(("p", "mask"), [(0.0, "bits"), (0.25, "bits"), (0.25, "recompute")])
+@pytest.mark.parametrize("ns", SIBLINGS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_siblings_are_as_accurate_as_peft(plan, dtypes, ns, p, mask):
+    """Every output and gradient of a group, and the sum of its members' dx."""
+    members = [make_inputs((2, 20, 64, n, 5, g != 1), dtypes) for g, n in enumerate(ns)]
+    x, seed, scalings = members[0]["x"], torch.tensor(11, device=DEVICE), (1.7, -0.5, 1.0, 2.0)
+    keeps = [dropout.keep_mask(seed, 40, 64, p, stream=g) if p else None for g in range(len(ns))]
+
+    def ours(x, members):
+        columns = zip(*[list(member.values())[1:] for member in members], strict=True)
+        return apply_siblings(x, *columns, scalings[: len(ns)], p, seed if p else None, mask)
+
+    def peft(x, members):
+        return [
+            as_peft(keep, scaling, p)(x, *list(member.values())[1:])
+            for member, keep, scaling in zip(members, keeps, scalings, strict=False)
+        ]
+
+    def run(function, x, members, autocast):
+        adapters = [m[name] for m in members for name in ("lora_a", "lora_b")]
+        with (
+            fastlora.backend(plan),
+            torch.autocast(DEVICE, dtype=autocast or FP16, enabled=autocast is not None),
+        ):
+            ys = function(x, members)
+        with fastlora.backend(plan):
+            grads = torch.autograd.grad(ys, [x, *adapters], [output_gradient(y) for y in ys])
+        # As one vector of A and of B: in a small one the ratio of two errors is mostly chance.
+        da, db = (torch.cat([g.flatten() for g in grads[first::2]]) for first in (1, 2))
+        return {"y": torch.cat([y.detach() for y in ys], -1), "dx": grads[0], "dA": da, "dB": db}
+
+    def in_fp64(tensor):
+        if tensor is None:
+            return None
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    exact_members = [{name: in_fp64(t) for name, t in m.items()} for m in members]
+    actual, native = (run(f, x, members, dtypes[2]) for f in (ours, peft))
+    exact = run(peft, in_fp64(x), exact_members, None)
+    for name in exact:
+        assert_as_accurate(actual[name], native[name], exact[name], name=name)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -227,12 +281,16 @@ def test_scaling_that_changes_between_calls_is_honoured():
     assert (thrice - base - 3 * (once - base)).norm() <= 1e-5 * thrice.norm()
 
 
-@pytest.mark.parametrize("dtype", [FP32, FP16])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_patched_qwen_trains_through_the_kernels_as_it_does_without(plan, p, dtype):
-    """Logits and gradients of a tiny Qwen2; at p > 0 the plain plan draws the same masks."""
-    model = tiny_peft(lora_dropout=p).to(DEVICE, dtype).train()
+def test_a_patched_qwen_trains_through_the_kernels_as_it_does_without(plan, p):
+    """Logits and gradients of a tiny Qwen2; at p > 0 the plain plan draws the same masks.
+
+    In fp32: in half precision the roundings of everything else in the model decide which of two
+    ways through it ends nearer to fp64. Over four sets of weights in fp16 the plain and the hybrid
+    plan are off by 0.4, 1.5, 2.0, 0.2 % and 1.2, 1.0, 1.2, 0.2 %.
+    """
+    model = tiny_peft(lora_dropout=p).to(DEVICE).train()
     peft = copy.deepcopy(model)
     fastlora.patch(model, strict=True)
     tokens = torch.arange(24, device=DEVICE).view(2, 12)
@@ -254,10 +312,9 @@ def test_a_patched_qwen_trains_through_the_kernels_as_it_does_without(plan, p, d
     ours = step(model, plan)
     native = step(model, "plain") if p else step(peft, "auto")
     exact = step(copy.deepcopy(model if p else peft).double(), "plain")
-    # In fp32 nothing is rounded but the sums themselves, and their order is not PyTorch's.
-    factor = 2.0 if dtype == FP32 else 1.2
     for name in ours:
-        assert_as_accurate(ours[name], native[name], exact[name], factor, name)
+        # Nothing is rounded but the sums themselves, and their order is not PyTorch's.
+        assert_as_accurate(ours[name], native[name], exact[name], 2.0, name)
 
 
 def test_the_kernels_really_run(monkeypatch):
@@ -269,7 +326,7 @@ def test_the_kernels_really_run(monkeypatch):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, _Counted(getattr(module, name), name, launched))
     inputs = make_inputs((2, 20, 64, 48, 5, True), (FP16, FP16, None))
-    for plan, gemms in (("plain", 0), ("hybrid", 1), ("fused", 2)):
+    for plan, gemms in (("plain", 0), ("hybrid", 2), ("fused", 2)):
         launched.clear()
         with fastlora.backend(plan):
             lora_linear(**inputs, scaling=1.0, dropout_p=0.5).sum().backward()

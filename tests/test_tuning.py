@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from tiny_models import tiny_model, tiny_peft
 
 import fastlora
-from fastlora import cli, plans, tuning
+from fastlora import cli, plans, reference, tuning
 from fastlora.kernels import tile_config
 from fastlora.kernels.tile_config import DeviceLimits, TileConfig
-from fastlora.tuning import LinearShape
+from fastlora.tuning import GroupShape, LinearShape
 
 CPU = torch.device("cpu")
 H200 = DeviceLimits("NVIDIA H200", capability=90, shared_bytes=232448, processors=132)
@@ -75,7 +76,11 @@ def test_tuning_again_with_another_triton_starts_anew(few_candidates, tmp_path):
 
 
 @interpreted
-def test_the_function_takes_a_model(few_candidates, tmp_path):
+def test_the_function_takes_a_model(few_candidates, tmp_path, monkeypatch):
+    # The clock is not what this is about, and every kernel would run twice as often.
+    monkeypatch.setattr(
+        tuning, "measure_us", lambda functions, *_: {name: [1.0] for name in functions}
+    )
     lines = []
     path = fastlora.tune(
         tiny_peft(),
@@ -87,8 +92,72 @@ def test_the_function_takes_a_model(few_candidates, tmp_path):
         out=tmp_path / "table.json",
         progress=lines.append,
     )
-    assert len(lines) == len(tuning.linear_shapes(tiny_model()))
-    assert tile_config.read_table(path)
+    model = tiny_model()
+    singles, groups = tuning.linear_shapes(model), tuning.group_shapes(model)
+    assert len(lines) == len(singles) + len(groups)
+    keys = set(tile_config.read_table(path))
+    for group in groups:
+        for operation in ("shrink", "output_pass", "input_pass", "input_grad"):
+            n, siblings = sum(group.ns), len(group.ns)
+            key = tile_config.tile_key(operation, torch.float16, 32, n, group.k, 4, siblings)
+            assert key in keys
+    forward = {key.n for key in keys if key.operation == "low_rank_gemm"}
+    assert forward == {shape.n for shape in singles}
+
+
+@interpreted
+@pytest.mark.parametrize("winner", ["fused", "hybrid"])
+def test_a_group_takes_the_plan_and_the_tiles_that_were_measured_for_it(
+    few_candidates, tmp_path, monkeypatch, winner
+):
+    """And its members, where they run alone, do not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    times = {"fused": 2.0, "hybrid": 2.0, "base": 1.0, winner: 1.5}
+    monkeypatch.setattr(
+        tuning,
+        "measure_us",
+        lambda functions, *_: {name: [times.get(name, 1)] for name in functions},
+    )
+    group = GroupShape((48, 16, 16), 64)
+    options = {"tokens": [64], "dtype": torch.float16, "device": "cpu", "progress": lambda _: None}
+    fastlora.tune(shapes=[group], **options)
+    monkeypatch.setattr(plans, "interpreting", lambda: True)
+    sizes = {"n": 80, "k": 64, "r": 16}
+    for siblings, tile in ((3, TileConfig(32, 32, 32)), (1, None)):
+        found = tile_config.tile_config_for(
+            "input_grad", CPU, torch.float16, 64, **sizes, siblings=siblings
+        )
+        assert (found == tile) == (tile is not None)
+    for siblings, plan in ((3, winner), (1, "hybrid")):
+        arguments = ("input_grad", CPU, torch.float16, 64, 80, 64, 16, True, siblings)
+        assert plans._automatic(*arguments) == plan
+
+
+@interpreted
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_what_is_timed_as_fused_and_as_hybrid_computes_the_same(p):
+    for shape, operations in (
+        (LinearShape(48, 64), {"low_rank_gemm", "input_grad"}),
+        (GroupShape((48, 16), 64), {"input_grad"}),
+    ):
+        o = tuning._Operands(shape, 32, 16, torch.float16, p, CPU)  # whose masks keep everything
+        forms = tuning._gemms(o, torch.float16)
+        assert set(forms) == operations
+        for operation, (fused, hybrid, base) in forms.items():
+            native = expected(operation, o, torch.float16)
+            exact = expected(operation, o, torch.float64)
+            assert_as_accurate(fused(TileConfig(32, 32, 32)), native, exact, name="fused")
+            assert_as_accurate(hybrid(), native, exact, name="hybrid")
+            assert base().shape == exact.shape
+
+
+def expected(operation, o, dtype):
+    """Compute a GEMM of the tuned operands by ``reference``, in a dtype."""
+    if operation == "low_rank_gemm":
+        x, weight, h, b = (t.to(dtype) for t in (o.x, o.weights[0], o.hs[0], o.lora_bs[0]))
+        return reference.low_rank_gemm(x, weight, None, h, b, 1.5)
+    siblings = zip(o.dys, o.weights, o.hs, o.lora_as, strict=True)
+    return sum(reference.input_grad(*(t.to(dtype) for t in each), None) for each in siblings)
 
 
 def test_shapes_are_those_of_the_frozen_linears():
@@ -97,6 +166,34 @@ def test_shapes_are_those_of_the_frozen_linears():
     layer = tiny_model().model.layers[0]
     assert LinearShape(*layer.mlp.down_proj.weight.shape) in expected
     assert len(set(expected)) == len(expected)
+
+
+def test_groups_are_those_that_share_their_input():
+    model = tiny_model()
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    expected = [
+        GroupShape(tuple(linear.out_features for linear in linears), linears[0].in_features)
+        for linears in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (mlp.gate_proj, mlp.up_proj),
+        )
+    ]
+    assert tuning.group_shapes(model) == expected
+    assert tuning.group_shapes(tiny_peft()) == expected
+    assert tuning.group_shapes(model.model.layers[0].mlp.down_proj) == []
+
+
+def test_a_group_of_more_than_four_is_split_as_calls_are():
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in "abcdef":
+                self.add_module(name, torch.nn.Linear(8, 4))
+
+        def forward(self, x):
+            return self.a(x), self.b(x), self.c(x), self.d(x), self.e(x), self.f(x)
+
+    assert tuning.group_shapes(Wide()) == [GroupShape((4, 4, 4, 4), 8), GroupShape((4, 4), 8)]
 
 
 def test_the_output_layer_is_left_out():

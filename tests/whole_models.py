@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accuracy import assert_as_accurate
@@ -15,10 +18,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlora
+from fastlora import layers, siblings
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 ATTENTION = [*QKV, "o_proj"]
 LINEARS = 14  # of a tiny Qwen2 with all-linear: 2 layers of q, k, v, o, gate, up, down
+
+
+@contextmanager
+def counting_fused() -> Iterator[list[int]]:
+    """Collect how many linears each fused computation was for: one, or a group of siblings."""
+    counted: list[int] = []
+    alone, together = layers.apply_lora_linear, siblings.apply_siblings
+
+    def apply_alone(*args: object) -> Tensor:
+        counted.append(1)
+        return alone(*args)
+
+    def apply_together(x: Tensor, weights: tuple[Tensor, ...], *args: object) -> object:
+        counted.append(len(weights))
+        return together(x, weights, *args)
+
+    with (
+        mock.patch.object(layers, "apply_lora_linear", apply_alone),
+        mock.patch.object(siblings, "apply_siblings", apply_together),
+    ):
+        yield counted
 
 
 def family_peft(family: str, targets: str | list[str], dropout: float) -> PeftModel:

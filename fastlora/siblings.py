@@ -1,0 +1,311 @@
+"""Groups of projections that share their input: q/k/v, gate/up, the ``in_proj_*`` of Qwen3-Next.
+
+    the first sibling called with x    computes the outputs of all, in one autograd node
+    the others, with that very x       are handed theirs
+
+No model's forward is rewritten, and no order of patches matters: which projections may belong
+together is read from the parent's forward once (``discovery.py``), and at every call it is the
+tensor itself that decides. A sibling that meets another tensor, a changed one, or another mode of
+autograd or autocast computes its own. So nothing here can be wrong about a model; it can only fail
+to save the work.
+
+What it saves: x is read once for all ``lora_A`` and once for all their gradients, dx is accumulated
+in one tensor instead of one for each sibling and an addition, and the host makes one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import rules
+from fastlora.discovery import sibling_names
+from fastlora.functional import apply_siblings
+from fastlora.layers import LoRALinear
+
+MAX_SIBLINGS = 4  # as many operands as the GEMM of the backward pass takes
+
+
+class SiblingGroup:
+    """Some children of one module that are computed together while its forward runs.
+
+    It is shared by its members (``fastlora_group``) and knows their parent only during a call of
+    it: a child that is called by anybody else runs alone, one that was replaced is never used, and
+    copies and pickles of a model need nothing special.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._parent: nn.Module | None = None
+        self._pending: _Pending | None = None
+        self._united: _United | None = None
+
+    def enter(self, parent: nn.Module) -> None:
+        """Begin a call of the parent."""
+        # nn.DataParallel calls copies of the parent, which share this object, in several threads.
+        if "_is_replica" not in parent.__dict__:
+            self._parent = parent
+
+    def leave(self) -> None:
+        """End it, and let go of outputs that nobody has asked for.
+
+        A sibling may never be called: shared keys and values, an exception, the early stop of a
+        checkpoint's recomputation.
+        """
+        self._parent = self._pending = None
+
+    def output_of(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """Return the layer's output for ``x``, or ``None`` where it has to run alone."""
+        pending = self._pending
+        if pending is None or pending.x is not x:
+            return self._compute(layer, x)
+        y = pending.take(layer)
+        if not pending.outputs:
+            self._pending = None
+        return self._compute(layer, x) if y is None else y
+
+    def difference(self, parent: nn.Module) -> str | None:
+        """Return in what the members differ, as they stand, that they should have in common."""
+        members = self._members(parent)
+        if members is None:
+            return "one of them was replaced, or is an FSDP unit of its own"
+        return _difference(members, [rules.Operands(member) for member in members])
+
+    def _members(self, parent: nn.Module | None) -> list[LoRALinear] | None:
+        if parent is None:
+            return None
+        children = parent._modules
+        members: list[Any] = [children.get(name) for name in self.names]
+        for member in members:
+            # Exactly: a subclass is a unit of its own to FSDP, whole only while it is called.
+            if type(member) is not LoRALinear:
+                return None
+        return members
+
+    def _compute(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """Compute the outputs of all members, keep those of the others, return the layer's."""
+        members = self._members(self._parent)
+        if members is None or layer not in members:
+            return None
+        united = self._united
+        if united is None or not united.holds(members):
+            self._united = united = _unite(members)
+        if united is None or united.difference is not None:
+            return None
+        first = united.operands[0]
+        if rules.tracing_reason() or rules.input_reason(first, x) or x.is_inference():
+            return None  # (inference tensors do not say whether they were changed in place)
+        p = united.dropout_p()
+        if p is None:
+            return None
+        self._pending = None
+        scalings = [
+            each.scalings(member) for member, each in zip(members, united.operands, strict=True)
+        ]
+        weights, biases, lora_as, lora_bs, gains = united.arguments(scalings)
+        mask = layer.fastlora_dropout_mask
+        ys = apply_siblings(x, weights, biases, lora_as, lora_bs, gains, p, None, mask)
+        if not united.simple:
+            triples = zip(ys, united.operands, scalings, strict=True)
+            ys = tuple([each.finish(y, own) for y, each, own in triples])
+        outputs = dict(zip(members, zip(ys, united.operands, scalings, strict=True), strict=True))
+        y = outputs.pop(layer)[0]
+        self._pending = _Pending(x, united, outputs)
+        return y
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SiblingGroup, (self.names,)
+
+
+class _United:
+    """The operands of all members."""
+
+    __slots__ = ("_first_four", "difference", "operands", "simple")
+
+    def __init__(self, members: list[LoRALinear], operands: list[rules.Operands]) -> None:
+        self.operands = operands
+        self.difference = _difference(members, operands)  # then each runs alone
+        self._first_four: tuple[tuple[Any, ...], ...] | None = None
+        self.simple = all(each.simple for each in operands)
+        if self.simple:
+            arguments = [each.arguments((1.0,))[:4] for each in operands]
+            self._first_four = tuple(zip(*arguments, strict=True))
+
+    def arguments(self, scalings: list[tuple[float, ...]]) -> tuple[tuple[Any, ...], ...]:
+        """Return what ``apply_siblings`` takes: weights, biases, As, Bs and scalings."""
+        if self._first_four is not None:
+            return (*self._first_four, tuple([own[0] for own in scalings]))
+        pairs = zip(self.operands, scalings, strict=True)
+        return tuple(zip(*[each.arguments(own) for each, own in pairs], strict=True))
+
+    def holds(self, members: list[LoRALinear]) -> bool:
+        """Return whether the rules would still say the same of every member."""
+        for member, operands in zip(members, self.operands, strict=True):
+            if not operands.hold(member):
+                return False
+        return True
+
+    def versions(self) -> int:
+        """Return a number that an in-place change of any weight raises (an optimizer's step)."""
+        total = 0
+        for each in self.operands:
+            for tensor in each.tensors:
+                total += tensor._version
+        return total
+
+    def dropout_p(self) -> float | None:
+        """Return the dropout of a call made now, or ``None`` where the siblings' differ."""
+        p = self.operands[0].dropout_p()
+        for each in self.operands[1:]:
+            if each.dropout_p() != p:
+                return None
+        return p
+
+
+def _unite(members: list[LoRALinear]) -> _United | None:
+    """Ask the rules for every member; returns ``None`` if one of them falls back."""
+    found = []
+    for member in members:
+        each = rules.operands(member)
+        # An unremembered one is not to be compared later.
+        if isinstance(each, str) or member.__dict__.get("fastlora_operands") is not each:
+            return None
+        found.append(each)
+    return _United(members, found)
+
+
+def _difference(members: list[LoRALinear], found: list[rules.Operands]) -> str | None:
+    """Return in what the members differ that must be the same for all, or ``None``."""
+    if any(tensor.is_inference() for each in found for tensor in each.tensors):
+        return "weights were made in inference mode"
+    for what, values in {
+        "in features": [each.features for each in found],
+        "rank": [each.rank for each in found],
+        "dtype": [(each.weight.dtype, each.adapters[0].lora_a.dtype) for each in found],
+        "device": [each.device for each in found],
+        "dropout": [each.dropout_p() for each in found],
+        "dropout_mask": [member.fastlora_dropout_mask for member in members],
+    }.items():
+        if len(set(values)) > 1:
+            return f"the siblings differ in {what}"
+    return None
+
+
+class _Pending:
+    """Outputs that were computed with the first sibling's, and when they are still right."""
+
+    __slots__ = ("_mode", "_united", "_version", "_versions", "outputs", "x")
+
+    def __init__(
+        self, x: Tensor, united: _United, outputs: dict[LoRALinear, tuple[Any, ...]]
+    ) -> None:
+        self.x = x
+        self.outputs = outputs  # each with the operands and scalings that it was computed with
+        self._version = x._version
+        self._mode = _mode(x)
+        self._united = united
+        self._versions = united.versions()
+
+    def take(self, layer: LoRALinear) -> Tensor | None:
+        """Hand out a layer's output, once, if a call made now would compute the same."""
+        entry = self.outputs.pop(layer, None)
+        if entry is None:
+            return None
+        y: Tensor
+        y, operands, scalings = entry
+        if (
+            self.x._version != self._version
+            or _mode(self.x) != self._mode
+            or self._united.versions() != self._versions
+            or layer._disable_adapters
+            or layer.merged_adapters
+            or operands.scalings(layer) != scalings
+        ):
+            return None
+        return y
+
+
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    """Return what a call depends on beside its operands."""
+    device = x.device
+    autocast = torch.is_autocast_enabled(device.type)
+    return (
+        torch.is_grad_enabled(),
+        autocast and torch.get_autocast_dtype(device.type),
+        # On another stream the outputs may not have been written yet.
+        torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0,
+    )
+
+
+def group_siblings(model: nn.Module) -> None:
+    """Form the groups of a model's patched layers; those of an earlier call are replaced."""
+    ungroup_siblings(model)
+    for module in list(model.modules()):
+        group_children(module)
+
+
+def group_children(parent: nn.Module) -> None:
+    """Form the groups among the patched layers that are children of one module."""
+    _ungroup_children(parent)
+    groups = [SiblingGroup(names) for names in possible_groups(parent)]
+    if not groups:
+        return
+    for group in groups:
+        for name in group.names:
+            parent._modules[name].__dict__["fastlora_group"] = group
+    parent.__dict__["fastlora_groups"] = tuple(groups)
+    parent.register_forward_pre_hook(_enter)
+    parent.register_forward_hook(_leave, always_call=True)
+
+
+def possible_groups(parent: nn.Module) -> list[tuple[str, ...]]:
+    """Return the names of the patched children that may be computed together."""
+    children = {name for name, child in parent._modules.items() if type(child) is LoRALinear}
+    return [
+        names[start : start + MAX_SIBLINGS]
+        for names in (sibling_names(parent, children) if len(children) > 1 else ())
+        for start in range(0, len(names), MAX_SIBLINGS)
+        if len(names) - start > 1
+    ]
+
+
+def _enter(parent: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for group in parent.__dict__.get("fastlora_groups", ()):
+            group.enter(parent)
+
+
+def _leave(parent: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for group in parent.__dict__.get("fastlora_groups", ()):
+            group.leave()
+
+
+def ungroup_siblings(model: nn.Module) -> None:
+    """Take back what ``group_siblings`` did."""
+    for module in model.modules():
+        module.__dict__.pop("fastlora_group", None)
+        _ungroup_children(module)
+
+
+def _ungroup_children(parent: nn.Module) -> None:
+    for child in parent._modules.values():
+        if child is not None:
+            child.__dict__.pop("fastlora_group", None)
+    if parent.__dict__.pop("fastlora_groups", None) is None:
+        return
+    for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
+        for number, hook in list(hooks.items()):
+            if hook in (_enter, _leave):
+                del hooks[number]
+                parent._forward_hooks_always_called.pop(number, None)
+
+
+def groups_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiblingGroup]]:
+    """Yield the model's groups, each with its parent and the parent's name."""
+    for name, module in model.named_modules():
+        for group in module.__dict__.get("fastlora_groups", ()):
+            yield name, module, group
