@@ -145,6 +145,7 @@ class Operands:
                 or modules["lora_B"]._modules[name] is not each.b
                 or modules["lora_dropout"]._modules[name] is not each.dropout
                 or each.a._parameters["weight"] is not each.lora_a
+                or each.a._parameters["bias"] is not None
                 or each.b._parameters["weight"] is not each.lora_b
                 or each.b._parameters["bias"] is not each.lora_bias
                 or of_dropout["_forward_hooks"]

@@ -27,6 +27,9 @@ from fastlora.functional import apply_siblings
 from fastlora.layers import LoRALinear
 
 MAX_SIBLINGS = 4  # as many operands as the GEMM of the backward pass takes
+# Above it the accumulators of siblings do not fit in registers where they are multiplied in fp32:
+# four of rank 256 spill 4.9 KB a thread (sm_90).
+MAX_FP32_RANK = 64
 
 
 class SiblingGroup:
@@ -99,7 +102,9 @@ class SiblingGroup:
         if rules.tracing_reason() or rules.input_reason(first, x) or x.is_inference():
             return None  # (inference tensors do not say whether they were changed in place)
         p = united.dropout_p()
-        if p is None:
+        if p is None or (
+            united.has_large_fp32_rank and not torch.is_autocast_enabled(x.device.type)
+        ):
             return None
         self._pending = None
         scalings = [
@@ -123,12 +128,15 @@ class SiblingGroup:
 class _United:
     """The operands of all members."""
 
-    __slots__ = ("_first_four", "difference", "operands", "simple")
+    __slots__ = ("_first_four", "difference", "has_large_fp32_rank", "operands", "simple")
 
     def __init__(self, members: list[LoRALinear], operands: list[rules.Operands]) -> None:
         self.operands = operands
         self.difference = _difference(members, operands)  # then each runs alone
         self._first_four: tuple[tuple[Any, ...], ...] | None = None
+        first = operands[0]
+        fp32 = first.adapters[0].lora_a.dtype == torch.float32
+        self.has_large_fp32_rank = fp32 and first.rank > MAX_FP32_RANK
         self.simple = all(each.simple for each in operands)
         if self.simple:
             arguments = [each.arguments((1.0,))[:4] for each in operands]

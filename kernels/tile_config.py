@@ -147,9 +147,9 @@ def default_tile(
     """Return a tile that fits every supported device, and spills next to no registers.
 
     ``make targets`` compiles them all; where a comment says that something spills, it is what that
-    command said of the next larger tile (Triton 3.7). Groups of siblings still spill a
-    little on sm_89 and sm_120: 8 to 16 bytes a thread where ptxas keeps to a number of registers
-    that lets more programs run at once, and 112 with four siblings whose terms are fp32.
+    command said of the next larger tile (Triton 3.7). Groups of siblings still spill 8 to 16 bytes
+    a thread on sm_89, sm_100 and sm_120, where ptxas keeps to a number of registers that lets more
+    programs run at once.
 
     Args:
         operation: ``"shrink"``, ``"low_rank_gemm"``, ``"input_grad"``, ``"output_pass"`` (dh and dB

@@ -53,11 +53,11 @@ class Attention(nn.Module):
         return self.o_proj(q) * (k * v).sum(-1, keepdim=True)
 
 
-def attention(targets: str = ".*_proj", p: float = 0.0, **lora: object) -> nn.Module:
+def attention(targets: str = ".*_proj", p: float = 0.0, rank: int = 4, **lora: object) -> nn.Module:
     """Build the module with adapters, unpatched."""
     torch.manual_seed(0)
     config = LoraConfig(
-        r=4, lora_dropout=p, target_modules=targets, init_lora_weights=False, **lora
+        r=rank, lora_dropout=p, target_modules=targets, init_lora_weights=False, **lora
     )
     return inject_adapter_in_model(config, Attention()).train()
 
@@ -458,6 +458,15 @@ def test_siblings_that_differ_run_alone(
         assert_right(patched, plain)
     assert (spy.fused, spy.together) == (alone, 0)
     assert said in fastlora.explain(patched)
+
+
+def test_large_ranks_in_fp32_run_alone(spy: Spy) -> None:
+    patched = patched_twin(attention(rank=siblings.MAX_FP32_RANK + 1))
+    run(patched)
+    assert (spy.fused, spy.together) == (4, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(patched)
+    assert (spy.fused, spy.together) == (8, 3)
 
 
 def test_different_scalings_stay_together(spy: Spy) -> None:

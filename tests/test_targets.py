@@ -147,7 +147,8 @@ def report(**changes) -> targets.Report:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"local_bytes": 8}, "8 bytes of local memory a thread"),
+        ({"local_bytes": 8, "registers": 255}, "8 bytes of local memory a thread"),
+        ({"local_bytes": 24}, "24 bytes of local memory a thread"),
         ({"shared_bytes": 2049}, "2049 bytes of shared memory of 2048"),
         ({"tensor_columns": 528}, "528 columns of tensor memory of 512"),
         ({"instructions": {"wgmma": 4, "TMA load": 2, "atomics": 3}}, "3 atomics"),
@@ -217,3 +218,7 @@ def test_kernel_that_does_not_compile_is_a_problem(monkeypatch):
     assert problems == [
         "sm_90 made up, shrink seed: does not compile: RuntimeError('PassManager::run failed')"
     ]
+
+
+def test_a_spill_that_ptxas_trades_for_occupancy_is_no_problem():
+    assert report(local_bytes=16, registers=96).problems() == []
