@@ -20,8 +20,8 @@ def column_scale(
 ) -> Tensor:
     """Return ``c``: how much DoRA scales each output column; its gradient is the magnitude's.
 
-    Nothing is remembered from call to call: reading W twice is less than a percent of multiplying a
-    batch of 2,048 rows by it.
+    Nothing is remembered from call to call, so that a base weight that was replaced is noticed. W
+    is read twice; peft reads and writes it more often.
 
     Args:
         magnitude: ``[N]``.

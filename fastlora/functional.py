@@ -275,15 +275,22 @@ def _backward(ctx: Any, dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     x, seed, *others = ctx.saved_tensors
     weights, lora_as, lora_bs, hs, bits = _in_groups(others, n)
     x_dtype, adapter_dtype, bias_dtypes = ctx.grad_dtypes
-    first = next(dy for dy in dys if dy is not None)
+    first = next((dy for dy in dys if dy is not None), None)
+    if first is None:
+        return (None,) * len(ctx.needs_input_grad)
     masks = [seed] if seed is not None else bits if bits[0] is not None else []
-    rows = [
-        # The output of a sibling that nobody used: its adapters get no gradient, not a zero one.
-        first.new_zeros((), dtype=dtype).expand(first.numel() // first.shape[-1], b.shape[0])
-        if dy is None
-        else _rows(dy)
-        for dy, b in zip(dys, lora_bs, strict=True)
-    ]
+    rows: list[Tensor] = []
+    for g, dy in enumerate(dys):
+        if dy is not None:
+            rows.append(_rows(dy))
+            continue
+        # Nobody used this sibling's output. It takes part as nothing, so that the others keep their
+        # numbers (and masks), and its adapters get no gradient, not a zero one.
+        zero = first.new_zeros((), dtype=dtype)
+        rows.append(zero.expand(first.numel() // first.shape[-1], lora_bs[g].shape[0]))
+        if need_x:
+            weights[g] = zero.expand(weights[g].shape)
+            lora_as[g] = zero.expand(lora_as[g].shape)
     dx, das, dbs = None, [], []
     dbiases: list[Tensor | None] = [None] * n
     call = ops.for_call(first)

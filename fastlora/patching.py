@@ -3,7 +3,8 @@ yours.
 
 ``patch`` swaps the class of exactly ``peft.tuners.lora.layer.Linear``, never of a subclass (those
 are quantized or otherwise special), and of ``LoraModel``, so that layers which peft adds later are
-fused too. Nothing global changes: other models, and other libraries, never notice.
+fused too, and registers two hooks on each module whose projections are computed together. Nothing
+global changes: other models, and other libraries, never notice.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class PatchReport:
                 f"{self.model} has no LoRA layers: fastlora fuses what peft.get_peft_model (or "
                 "model.add_adapter) has put there, so call it first"
             )
-        in_groups = f" in {len(self.groups)} groups" if self.groups else ""
+        count = len(self.groups)
+        in_groups = f" in {count} group{'s' * (count > 1)}" if count else ""
         lines = [
             f"fused {len(self.fused)} of {linears} LoRA linears{in_groups}; "
             f"{len(self.fallback)} fall back"
@@ -372,6 +374,11 @@ class FastLoraModel(LoraModel):
             layer.__class__ = LoRALinear
             layer.__dict__["fastlora_dropout_mask"] = self.fastlora_dropout_mask
             group_children(parent)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        ungroup_siblings(model)  # what is left is a model that knows nothing of adapters
+        return model
 
 
 FastLoraModel.__name__ = "LoraModel"  # get_model_status() reports it; pickle goes by __qualname__

@@ -5,9 +5,9 @@
 
 No model's forward is rewritten, and no order of patches matters: which projections may belong
 together is read from the parent's forward once (``discovery.py``), and at every call it is the
-tensor itself that decides. A sibling that meets another tensor, a changed one, or another mode of
-autograd or autocast computes its own. So nothing here can be wrong about a model; it can only fail
-to save the work.
+tensor itself that decides. A sibling that meets another tensor, a changed one, another mode of
+autograd or autocast, or whose own state has changed since, computes its own. (A change of x behind
+autograd's back, ``x.data.mul_()``, is not seen.)
 
 What it saves: x is read once for all ``lora_A`` and once for all their gradients, dx is accumulated
 in one tensor instead of one for each sibling and an addition, and the host makes one node.
@@ -48,6 +48,7 @@ class SiblingGroup:
 
     def enter(self, parent: nn.Module) -> None:
         """Begin a call of the parent."""
+        self._pending = None  # of a call that was interrupted from the keyboard
         # nn.DataParallel calls copies of the parent, which share this object, in several threads.
         if "_is_replica" not in parent.__dict__:
             self._parent = parent
@@ -75,7 +76,14 @@ class SiblingGroup:
         members = self._members(parent)
         if members is None:
             return "one of them was replaced, or is an FSDP unit of its own"
-        return _difference(members, [rules.Operands(member) for member in members])
+        united = _United(members, [rules.Operands(member) for member in members])
+        if united.difference is not None:
+            return united.difference
+        if united.dropout_p() is None:
+            return "the siblings differ in dropout"
+        if united.has_large_fp32_rank:
+            return f"the rank is above {MAX_FP32_RANK} in fp32, which autocast alone can group"
+        return None
 
     def _members(self, parent: nn.Module | None) -> list[LoRALinear] | None:
         if parent is None:
@@ -91,15 +99,17 @@ class SiblingGroup:
     def _compute(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """Compute the outputs of all members, keep those of the others, return the layer's."""
         members = self._members(self._parent)
-        if members is None or layer not in members:
+        if members is None:
+            self._united = None  # it would keep the weights of replaced layers alive
+            return None
+        if layer not in members:
             return None
         united = self._united
         if united is None or not united.holds(members):
             self._united = united = _unite(members)
         if united is None or united.difference is not None:
             return None
-        first = united.operands[0]
-        if rules.tracing_reason() or rules.input_reason(first, x) or x.is_inference():
+        if rules.tracing_reason() or united.input_reason(x) or x.is_inference():
             return None  # (inference tensors do not say whether they were changed in place)
         p = united.dropout_p()
         if p is None or (
@@ -118,7 +128,7 @@ class SiblingGroup:
             ys = tuple([each.finish(y, own) for y, each, own in triples])
         outputs = dict(zip(members, zip(ys, united.operands, scalings, strict=True), strict=True))
         y = outputs.pop(layer)[0]
-        self._pending = _Pending(x, united, outputs)
+        self._pending = _Pending(x, united, p, outputs)
         return y
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -148,6 +158,14 @@ class _United:
             return (*self._first_four, tuple([own[0] for own in scalings]))
         pairs = zip(self.operands, scalings, strict=True)
         return tuple(zip(*[each.arguments(own) for each, own in pairs], strict=True))
+
+    def input_reason(self, x: Tensor) -> str | None:
+        """Return why a call with this input is not for all members, or ``None``."""
+        reason = rules.input_reason(self.operands[0], x)
+        if not self.simple:  # DoRA and several adapters have rules of their own
+            for each in self.operands[1:]:
+                reason = reason or rules.input_reason(each, x)
+        return reason
 
     def holds(self, members: list[LoRALinear]) -> bool:
         """Return whether the rules would still say the same of every member."""
@@ -194,7 +212,6 @@ def _difference(members: list[LoRALinear], found: list[rules.Operands]) -> str |
         "rank": [each.rank for each in found],
         "dtype": [(each.weight.dtype, each.adapters[0].lora_a.dtype) for each in found],
         "device": [each.device for each in found],
-        "dropout": [each.dropout_p() for each in found],
         "dropout_mask": [member.fastlora_dropout_mask for member in members],
     }.items():
         if len(set(values)) > 1:
@@ -205,15 +222,16 @@ def _difference(members: list[LoRALinear], found: list[rules.Operands]) -> str |
 class _Pending:
     """Outputs that were computed with the first sibling's, and when they are still right."""
 
-    __slots__ = ("_mode", "_united", "_version", "_versions", "outputs", "x")
+    __slots__ = ("_mode", "_p", "_united", "_version", "_versions", "outputs", "x")
 
     def __init__(
-        self, x: Tensor, united: _United, outputs: dict[LoRALinear, tuple[Any, ...]]
+        self, x: Tensor, united: _United, p: float, outputs: dict[LoRALinear, tuple[Any, ...]]
     ) -> None:
         self.x = x
         self.outputs = outputs  # each with the operands and scalings that it was computed with
         self._version = x._version
         self._mode = _mode(x)
+        self._p = p
         self._united = united
         self._versions = united.versions()
 
@@ -228,8 +246,8 @@ class _Pending:
             self.x._version != self._version
             or _mode(self.x) != self._mode
             or self._united.versions() != self._versions
-            or layer._disable_adapters
-            or layer.merged_adapters
+            or not operands.hold(layer)
+            or operands.dropout_p() != self._p
             or operands.scalings(layer) != scalings
         ):
             return None
@@ -242,6 +260,7 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
     autocast = torch.is_autocast_enabled(device.type)
     return (
         torch.is_grad_enabled(),
+        x.requires_grad,
         autocast and torch.get_autocast_dtype(device.type),
         # On another stream the outputs may not have been written yet.
         torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0,
@@ -295,7 +314,6 @@ def _leave(parent: nn.Module, args: Any, output: Any) -> None:
 def ungroup_siblings(model: nn.Module) -> None:
     """Take back what ``group_siblings`` did."""
     for module in model.modules():
-        module.__dict__.pop("fastlora_group", None)
         _ungroup_children(module)
 
 

@@ -498,6 +498,12 @@ def test_other_variants_fall_back(
         assert_falls_back(spy, fused_layer, plain_layer, reason, x, **kwargs)
 
 
+def to_half_base(model: PeftModel) -> PeftModel:
+    for layer in linears(model):
+        layer.base_layer.bfloat16()
+    return model
+
+
 def test_dora_is_fused(spy: Spy) -> None:
     """Row: DoRA."""
     fused, plain = twins(peft_net(use_dora=True, lora_dropout=0.25))
@@ -514,6 +520,11 @@ def test_dora_is_fused(spy: Spy) -> None:
     fused.train()(inputs())
     assert (spy.fused, spy.peft) == (0, 2)
     assert "last call went to peft: DoRA with dropout" in fastlora.explain(fused)
+
+    # The gradient is scaled in the base's dtype: not enough for wider adapters.
+    fused, plain = twins(peft_net(use_dora=True), lambda model: to_half_base(model).eval())
+    reason = "DoRA in torch.float32 on a base in torch.bfloat16, without autocast"
+    assert_falls_back(spy, fused, plain, reason, inputs().bfloat16())
 
     def activate_other(model: PeftModel) -> None:
         activate_both(model)

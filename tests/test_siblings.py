@@ -212,6 +212,16 @@ def rescale(module: nn.Module, x: Tensor) -> None:
     module.v_proj.scaling["default"] = 0.25
 
 
+def other_weight(module: nn.Module, x: Tensor) -> None:
+    torch.manual_seed(11)
+    for layer in (module.k_proj, module.v_proj):
+        layer.lora_A["default"].weight = nn.Parameter(torch.randn(4, WIDTH))
+
+
+def hook_b(module: nn.Module, x: Tensor) -> None:
+    module.v_proj.lora_B["default"].register_forward_hook(lambda module, args, y: y * 2)
+
+
 @pytest.mark.parametrize(
     ("accident", "recomputed"),
     [
@@ -221,6 +231,8 @@ def rescale(module: nn.Module, x: Tensor) -> None:
         pytest.param(disable, 0, id="adapters-disabled"),
         pytest.param(merge, 0, id="merged"),
         pytest.param(rescale, 1, id="scaling"),
+        pytest.param(other_weight, 1, id="weight-replaced"),
+        pytest.param(hook_b, 0, id="hook-on-lora-b"),
     ],
 )
 def test_an_accident_between_siblings_is_noticed(
@@ -260,6 +272,79 @@ def test_autocast_between_siblings_is_noticed() -> None:
     patched(inputs())
     entered[0].__exit__(None, None, None)
     assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def test_dropout_that_is_switched_off_between_siblings_is_noticed() -> None:
+    patched = patched_twin(attention(p=0.5))
+    outputs = []
+    patched.v_proj.register_forward_hook(lambda module, args, y: outputs.append(y))
+    patched.between = lambda module, x: module.eval()
+    x = inputs()
+    patched(x)
+    assert torch.equal(outputs[0], patched.v_proj(x))
+
+
+def test_a_gradient_that_is_asked_for_between_siblings_is_given() -> None:
+    results = []
+    for module in (attention(), patched_twin(attention())):
+        module.between = lambda module, x: x.requires_grad_()
+        x = inputs().detach()
+        module(x).sum().backward()
+        results.append(x.grad)
+    assert torch.allclose(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rule_of_one_sibling_keeps_all_apart(spy: Spy) -> None:
+    plain = attention(p=0.5)
+    plain.k_proj.update_layer("other", **rank_options(plain.k_proj, 2))
+    for name in ("q_proj", "v_proj"):
+        layer = plain.get_submodule(name)
+        layer.set_adapter(["default"])
+    plain.k_proj.set_adapter(["default", "other"])
+    patched = patched_twin(plain)
+    patched(inputs())  # two adapters with dropout, of two masks: for peft
+    assert (spy.fused, spy.together, spy.peft) == (3, 0, 1)
+
+
+def test_a_dead_branch_gets_no_gradient() -> None:
+    class Dead(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> None:
+            return None
+
+    class Parent(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q_proj(x)
+            k = self.k_proj(x)
+            v = self.v_proj(x)
+            return Dead.apply(q).sum() + 0 * (k.detach() * v.detach()).sum() + self.o_proj(x).sum()
+
+    config = LoraConfig(r=4, target_modules=".*_proj", init_lora_weights=False)
+    patched = patched_twin(inject_adapter_in_model(config, Parent()))
+    patched(inputs()).backward()
+    assert patched.q_proj.lora_A["default"].weight.grad is None
+    assert patched.o_proj.lora_A["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("dropout_mask", ["bits", "recompute"])
+def test_an_unused_sibling_takes_no_part_in_the_gradient(dropout_mask: str) -> None:
+    def gradient(spoilt: bool) -> Tensor:
+        module = attention(p=0.5)
+        if spoilt:
+            module.k_proj.base_layer.weight.data.fill_(float("inf"))
+            module.k_proj.lora_A["default"].weight.data.fill_(float("nan"))
+        patched = patched_twin(module, dropout_mask=dropout_mask)
+        x, outputs = inputs(), []
+        patched.q_proj.register_forward_hook(lambda module, args, y: outputs.append(y))
+        torch.manual_seed(2)
+        patched(x)
+        return torch.autograd.grad(outputs[0].sum(), x)[0]
+
+    assert torch.equal(gradient(spoilt=True), gradient(spoilt=False))
 
 
 class Interrupted(Exception):
@@ -560,6 +645,34 @@ def test_layers_that_peft_adds_later_join_their_siblings(spy: Spy) -> None:
     spy.reset()
     loss_and_gradients(patched)
     assert (spy.fused, spy.together) == (4, 4)
+
+
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+def test_a_model_without_its_adapters_knows_nothing_of_fastlora(way: str) -> None:
+    model = tiny_peft("qwen2")
+    fastlora.patch(model)
+    loss_and_gradients(model)
+    left = getattr(model, way)()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in left.modules())
+    assert not [name for m in left.modules() for name in vars(m) if "fastlora" in name]
+
+
+def test_a_child_that_is_patched_again_stays_in_its_group(spy: Spy) -> None:
+    patched = patched_twin(attention())
+    fastlora.patch(patched.q_proj)
+    patched(inputs())
+    assert (spy.fused, spy.together) == (4, 3)
+
+
+def test_dropout_that_differed_once_is_forgotten(spy: Spy) -> None:
+    patched = patched_twin(attention(p=0.5))
+    patched.k_proj.eval()
+    patched(inputs())
+    assert spy.together == 0
+    assert "fused one by one: the siblings differ in dropout" in fastlora.explain(patched)
+    patched.train()
+    patched(inputs())
+    assert spy.together == 3
 
 
 def test_unpatch_leaves_no_trace() -> None:
