@@ -63,7 +63,7 @@ bench-host: .venv/bench/.done  ## what a call costs the host, with launches that
 
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0
-CORE   := $(addprefix tests/test_,lora_linear.py layers.py families.py patching.py entry_points.py training.py zero3.py) $(wildcard tests/test_peft_*.py)
+CORE   := $(addprefix tests/test_,lora_linear.py layers.py rules.py siblings.py discovery.py families.py patching.py entry_points.py training.py zero3.py) $(wildcard tests/test_peft_*.py)
 ZERO3  := 0.21.2-5.23.0# the pair that is also tried with DeepSpeed
 
 compat: $(COMPAT:%=compat-%)  ## the core tests with four pairs of peft and transformers
