@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +32,8 @@ from whole_models import (
     patched_twin,
     saved_config,
     tensor_ids,
+    through_pickle,
+    through_torch_save,
     twins,
 )
 
@@ -215,17 +215,6 @@ def test_hotswapped_adapter_is_used_at_the_next_call(tmp_path: Path, spy: Spy) -
         model.set_adapter("default")  # peft 0.18 leaves the new weights without requires_grad
     assert not torch.equal(logits_of(patched), before)
     assert_fused_like_peft(patched, plain, spy)
-
-
-def through_pickle(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_torch_save(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])

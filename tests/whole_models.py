@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +62,19 @@ def patched_twin(plain: nn.Module, **options: object) -> nn.Module:
     patched = copy.deepcopy(plain)
     fastlora.patch(patched, **options)
     return patched
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    """Return a model as another process would get it."""
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    """Return a model as a file would keep it."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 def twins(**lora: object) -> tuple[PeftModel, PeftModel]:
