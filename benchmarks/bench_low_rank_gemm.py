@@ -61,14 +61,15 @@ def forward_of(plan):
     (x, weight, bias, h, b), *_ = operands()
     if plan == "frozen":
         return finished(lambda: torch.nn.functional.linear(x, weight, bias))
-    return finished(lambda: ops.low_rank_gemm(x, weight, bias, h, b, GAIN, dtype=DTYPE))
+    tensors = x, [weight], [bias], h[None], [b]
+    return finished(lambda: ops.low_rank_gemm(*tensors, [GAIN], dtype=DTYPE)[0])
 
 
 def backward_of(plan, p):
     (_, weight, *_), dy, dh, a, keep = operands()
     if plan == "frozen":
         return finished(lambda: dy @ weight)
-    tensors = [dy], [weight], [dh], [a], [dropout.pack(keep)] if p else []
+    tensors = [dy], [weight], dh[None], [a], dropout.pack(keep)[None] if p else None
     return finished(lambda: ops.input_grad(*tensors, p, dtype=DTYPE, grad_dtype=DTYPE))
 
 

@@ -39,7 +39,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora import LoRALinear, layers, ops, plans, rules
-from fastlora.kernels import adapter_grads, low_rank_gemm, partial_sums, shrink, tile_config
+from fastlora.kernels import (
+    input_pass,
+    low_rank_gemm,
+    output_pass,
+    partial_sums,
+    shrink,
+    tile_config,
+)
 
 GIB, MIB = 2**30, 2**20
 H200 = tile_config.DeviceLimits("NVIDIA H200", 90, 232448, 132)
@@ -53,7 +60,7 @@ LIMITS = dict(zip(LORAFUSION, (0.52, 0.67, 1.16), strict=True))
 
 # What one decoder layer may launch, forward and backward, GEMMs and reductions included: at 8192
 # rows with dropout, and one more in the forward for the seed of each group.
-LAUNCH_LIMITS = {"fused": (11, 20), "hybrid": (18, 27)}
+LAUNCH_LIMITS = {"fused": (8, 20), "hybrid": (15, 27)}
 SEED = "randint"  # what draws one
 
 # Column: provider and the plan that fastlora is held to.
@@ -65,7 +72,7 @@ COLUMNS = {
     "fused": ("fastlora", "fused"),
 }
 
-_KERNEL_MODULES = (shrink, low_rank_gemm, adapter_grads, partial_sums)
+_KERNEL_MODULES = (shrink, low_rank_gemm, output_pass, input_pass, partial_sums)
 _OPERATORS: dict[Any, Callable[..., Any]] = {
     ops.shrink: ops._shrink,
     ops.low_rank_gemm: ops._low_rank_gemm,
@@ -212,8 +219,7 @@ class Recorder(TorchDispatchMode):
     def record_kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Record one launch; which operands are written does not change the count."""
         if name == "_add_partials_kernel":
-            (sums,) = arguments
-            self._partials |= {_identity(job.partials) for job in sums}
+            self._partials.add(_identity(arguments[0]))
         self._record(name, list(_tensors(arguments)), [])
 
     def _record(self, name: str, reads: list[Tensor], writes: list[Tensor]) -> None:
@@ -431,14 +437,8 @@ def clear() -> None:
 
 
 def automatic_plans(linears: dict[str, Linear], m: int) -> dict[str, dict[str, str]]:
-    """Return the plans that fastlora takes by itself on an H200: operation -> names -> plan.
-
-    The forward GEMM is each linear's own; the others are asked for a whole group.
-    """
-    groups = {name: (name,) for name in linears}
-    operations = {"low_rank_gemm": groups}
+    """Return the plans that fastlora takes by itself on an H200: operation -> names -> plan."""
     groups = {"/".join(names): names for names in GROUPS if set(names) <= set(linears)}
-    operations |= dict.fromkeys(("input_grad", "shrink", "adapter_grads"), groups)
     cuda = torch.device("cuda")
     with h200():
         return {
@@ -454,9 +454,9 @@ def automatic_plans(linears: dict[str, Linear], m: int) -> dict[str, dict[str, s
                     masked=True,
                     siblings=len(names),
                 )
-                for group, names in asked.items()
+                for group, names in groups.items()
             }
-            for operation, asked in operations.items()
+            for operation in ("low_rank_gemm", "input_grad", "shrink", "adapter_grads")
         }
 
 

@@ -160,10 +160,10 @@ class _Operands:
 
         self.x, self.dtype = draw(m, k), dtype
         self.dys, self.weights = [draw(m, n) for n in ns], [draw(n, k) for n in ns]
-        self.hs, self.lora_as = [draw(m, 16) for _ in ns], [draw(16, k) for _ in ns]
+        self.h, self.lora_as = draw(len(ns), m, 16), [draw(16, k) for _ in ns]
         self.lora_bs = [draw(n, 16) for n in ns]
-        size = (m, -(-k // 8))
-        self.masks = [torch.full(size, 255, dtype=torch.uint8, device=run.device) for _ in ns]
+        size = (len(ns), m, -(-k // 8))
+        self.mask = torch.full(size, 255, dtype=torch.uint8, device=run.device)
 
     def cublas(self) -> object:
         ys = [torch.mm(self.x, weight.t()) for weight in self.weights]
@@ -173,9 +173,9 @@ class _Operands:
         return ys, dx
 
     def fused(self) -> object:
-        forward = zip(self.weights, self.hs, self.lora_bs, strict=True)
-        ys = [low_rank_gemm(self.x, weight, None, h, b, 1.5) for weight, h, b in forward]
-        terms = self.hs, self.lora_as, self.masks
+        biases, gains = [None] * len(self.weights), [1.5] * len(self.weights)
+        ys = low_rank_gemm(self.x, self.weights, biases, self.h, self.lora_bs, gains)
+        terms = self.h, self.lora_as, self.mask
         return ys, input_grad(self.dys, self.weights, *terms, grad_dtype=self.dtype)
 
 

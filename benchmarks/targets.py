@@ -43,7 +43,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastlora.kernels import tile_config
-from fastlora.kernels.adapter_grads import adapter_grads, input_pass
+from fastlora.kernels.adapter_grads import adapter_grads
+from fastlora.kernels.input_pass import input_pass
 from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.tile_config import DeviceLimits, TileConfig
@@ -121,7 +122,6 @@ SIBLINGS = {
     "gate, up": (12288, 12288),
     "four": (3584, 512, 512, 3584),
 }
-GROUPED = ("shrink", "input_grad", "output_pass", "input_pass", "input_grad_term")
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,17 @@ class Case:
         """Return one operand for each sibling."""
         return [self.empty(*shape, dtype=dtype) for _ in self.ns]
 
-    def mask(self, kind: str) -> list[Tensor] | Tensor | None:
+    def stacked(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return what the siblings have in one tensor."""
+        return self.empty(len(self.ns), *shape, dtype=dtype)
+
+    def mask(self, kind: str) -> Tensor | None:
         """Return the dropout masks of the siblings, as the launchers take them."""
         if kind == "none":
             return None
         if kind == "seed":
             return torch.zeros((), dtype=torch.int64)
-        return self.each(self.m, -(-self.k // 8), dtype=torch.uint8)
+        return self.stacked(self.m, -(-self.k // 8), dtype=torch.uint8)
 
 
 def _shrink(case: Case, kind: str) -> None:
@@ -165,7 +169,7 @@ def _shrink(case: Case, kind: str) -> None:
     shrink(
         case.empty(case.m, case.k),
         case.each(case.r, case.k, dtype=case.adapter),
-        seed if isinstance(seed, Tensor) else None,
+        seed,
         THRESHOLD,
         rank_dtype=case.rank_dtype,
         return_bits=kind == "seed",
@@ -176,14 +180,13 @@ def _shrink(case: Case, kind: str) -> None:
 def _low_rank_gemm(case: Case, kind: str) -> None:
     if kind != case.masks[0]:  # the forward GEMM knows no mask: once is enough
         return
-    n = case.ns[0]
     low_rank_gemm(
         case.empty(case.m, case.k),
-        case.empty(n, case.k),
-        case.empty(n),
-        case.empty(case.m, case.r, dtype=case.rank_dtype),
-        case.empty(n, case.r, dtype=case.adapter),
-        1.5,
+        [case.empty(n, case.k) for n in case.ns],
+        [case.empty(n) for n in case.ns],
+        case.stacked(case.m, case.r, dtype=case.rank_dtype),
+        [case.empty(n, case.r, dtype=case.adapter) for n in case.ns],
+        [1.5] * len(case.ns),
         config=case.config,
     )
 
@@ -191,12 +194,12 @@ def _low_rank_gemm(case: Case, kind: str) -> None:
 def _low_rank_term(case: Case, kind: str) -> None:
     if kind != case.masks[0]:  # nor does its term alone
         return
-    for bias in (None, case.empty(case.ns[0])):
+    for has_bias in (False, True):
         low_rank_term(
-            case.empty(case.m, case.r, dtype=case.rank_dtype),
-            case.empty(case.ns[0], case.r, dtype=case.adapter),
-            bias,
-            1.5,
+            case.stacked(case.m, case.r, dtype=case.rank_dtype),
+            [case.empty(n, case.r, dtype=case.adapter) for n in case.ns],
+            [case.empty(n) if has_bias else None for n in case.ns],
+            [1.5] * len(case.ns),
             dtype=case.dtype,
             config=case.config,
         )
@@ -206,7 +209,7 @@ def _input_grad(case: Case, kind: str) -> None:
     input_grad(
         [case.empty(case.m, n) for n in case.ns],
         [case.empty(n, case.k) for n in case.ns],
-        case.each(case.m, case.r, dtype=case.rank_dtype),
+        case.stacked(case.m, case.r, dtype=case.rank_dtype),
         case.each(case.r, case.k, dtype=case.adapter),
         case.mask(kind),
         THRESHOLD,
@@ -219,7 +222,7 @@ def _input_grad_term(case: Case, kind: str) -> None:
     input_grad(
         [],
         [],
-        case.each(case.m, case.r, dtype=case.rank_dtype),
+        case.stacked(case.m, case.r, dtype=case.rank_dtype),
         case.each(case.r, case.k, dtype=case.adapter),
         case.mask(kind),
         THRESHOLD,
@@ -234,7 +237,7 @@ def _output_pass(case: Case, kind: str) -> None:
     adapter_grads(
         [case.empty(case.m, n) for n in case.ns],
         None,
-        case.each(case.m, case.r, dtype=case.rank_dtype),
+        case.stacked(case.m, case.r, dtype=case.rank_dtype),
         [case.empty(n, case.r, dtype=case.adapter) for n in case.ns],
         None,
         [1.5] * len(case.ns),
@@ -247,7 +250,7 @@ def _output_pass(case: Case, kind: str) -> None:
 def _input_pass(case: Case, kind: str) -> None:
     input_pass(
         case.empty(case.m, case.k),
-        case.each(case.m, case.r, dtype=case.rank_dtype),
+        case.stacked(case.m, case.r, dtype=case.rank_dtype),
         case.each(case.r, case.k, dtype=case.adapter),
         case.mask(kind),
         THRESHOLD,
@@ -282,16 +285,16 @@ def default_cases() -> Iterator[Case]:
         yield Case(f"fp32 r={r}", r=r, dtype=fp32, adapter=fp32, rank_dtype=fp32, operations=THIN)
     for siblings, ns in SIBLINGS.items():
         for r in (16, 64, 256):
-            group = Case(f"bf16 r={r} {siblings}", ns=ns, r=r, operations=GROUPED)
+            group = Case(f"bf16 r={r} {siblings}", ns=ns, r=r, operations=all_plans)
             if r < 256 or len(ns) < 4:
                 yield group
             mixed = replace(group, name=f"bf16, fp32 adapters r={r} {siblings}", adapter=fp32)
             if r < 256:  # several accumulators of rank 256 spill in fp32, whatever the tile
                 yield replace(mixed, name=f"bf16, fp32 adapters, autocast r={r} {siblings}")
                 # Four siblings with fp32 terms are never fused (see ops.py).
-                unfused = tuple(o for o in GROUPED if o != "input_grad" or len(ns) < 4)
+                unfused = tuple(o for o in all_plans if o != "input_grad" or len(ns) < 4)
                 yield replace(mixed, rank_dtype=fp32, operations=unfused)
-                thin = tuple(operation for operation in GROUPED if operation in THIN)
+                thin = tuple(operation for operation in all_plans if operation in THIN)
                 wide = replace(mixed, name=f"fp32 r={r} {siblings}", operations=thin)
                 yield replace(wide, dtype=fp32, rank_dtype=fp32)
     yield Case("bf16 r=16, rows of 4100", ns=(4100,), k=4100, aligned=False)

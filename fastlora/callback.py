@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastlora.functional import DropoutMask
+from fastlora.autograd import DropoutMask
 from fastlora.patching import PatchReport, patch
 
 

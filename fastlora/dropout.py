@@ -133,16 +133,16 @@ def keep_rows(mask: Tensor, rows: slice, columns: int, dropout_p: float, stream:
     """Return some rows of a keep mask that was saved as packed bits or as the seed that draws it.
 
     Args:
-        mask: uint8 bits ``[all rows, ceil(columns / 8)]``, or an int64 seed (scalar).
+        mask: uint8 bits ``[streams, all rows, ceil(columns / 8)]``, or an int64 seed (scalar).
         rows: the rows wanted, ``slice(first, end)``.
         columns: number of columns.
         dropout_p: the probability to read a seed with; bits do not need it.
-        stream: which of a seed's masks; bits hold one alone.
+        stream: which of the masks.
 
     Returns:
         bool ``[end - first, columns]``.
     """
     if mask.dtype == torch.uint8:
-        return unpack(mask[rows], columns)
+        return unpack(mask[stream, rows], columns)
     count = rows.stop - rows.start
     return keep_mask(mask, count, columns, dropout_p, first_row=rows.start, stream=stream)

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from fastlora import rules
-from fastlora.functional import DropoutMask, apply_lora_linear
+from fastlora.autograd import DropoutMask, apply_call, apply_lora_linear, apply_scaled
 
 FUSED = "fused"  # what is recorded of a call that did not go to peft
 
@@ -95,16 +95,12 @@ class LoRALinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``x [..., K]`` to ``[..., N]``, fused, or by peft where a rule says so."""
-        own = self.__dict__
-        compiling = torch.compiler.is_compiling()
+        own, compiling = self.__dict__, torch.compiler.is_compiling()
+        # After a call that went to peft the rules come first: they are the likelier to say no.
+        usual = not (args or kwargs or compiling) and own.get("fastlora_last_call") == FUSED
+        if usual and (y := self._usual(x)) is not None:
+            return y
         reason = rules.argument_reason(args, kwargs) if args or kwargs else None
-        group = None if compiling or reason is not None else own.get("fastlora_group")
-        if group is not None and own.get("fastlora_last_call", FUSED) == FUSED:
-            y: Tensor | None = group.output_of(self, x)
-            if y is not None:
-                own["fastlora_last_call"] = FUSED
-                return y
-            group = None
         found = rules.operands_now(self) if compiling else rules.operands(self)
         if reason is None:
             reason = rules.tracing_reason() or (
@@ -114,12 +110,37 @@ class LoRALinear(PeftLinear):
             own["fastlora_last_call"] = reason or FUSED  # what explain() reports
         if reason is not None or isinstance(found, str):
             return super().forward(x, *args, **kwargs)
-        # After a call that went to peft the own rules come first: they are the likelier to say no.
+        group = None if usual or compiling or args or kwargs else own.get("fastlora_group")
         if group is not None and (y := group.output_of(self, x)) is not None:
+            return y
+        y = None if compiling else self._prepared(found, x)
+        if y is not None:
             return y
         scalings, mask = found.scalings(self), self.fastlora_dropout_mask
         y = apply_lora_linear(x, *found.arguments(scalings), found.dropout_p(), None, mask)
         return found.finish(y, scalings)
+
+    def _usual(self, x: Tensor) -> Tensor | None:
+        """Return the output by what an earlier call has prepared, or ``None``."""
+        own = self.__dict__
+        group = own.get("fastlora_group")
+        if group is not None and (y := group.output_of(self, x)) is not None:
+            fused: Tensor = y
+            return fused
+        found: rules.Operands | None = own.get("fastlora_operands")
+        return self._prepared(found, x) if found is not None and found.hold(self) else None
+
+    def _prepared(self, found: rules.Operands, x: Tensor) -> Tensor | None:
+        """Return the output by a prepared call, or ``None`` where there is none."""
+        if found.siblings is None or (not found.simple and rules.input_reason(found, x)):
+            return None
+        scalings, p = found.scalings(self), found.dropout_p()
+        call = found.siblings.call_for(x, scalings, p, self.fastlora_dropout_mask)
+        if call is None:
+            return None
+        if found.siblings.scaled:
+            return apply_scaled(call, x, (found.column_scale(scalings),))[0]
+        return apply_call(call, x)[0]
 
     def _get_name(self) -> str:
         # peft's repr, get_layer_status() and get_model_status() report the class by this name.

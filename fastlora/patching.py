@@ -25,7 +25,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from fastlora import plans
-from fastlora.functional import DROPOUT_MASKS, DropoutMask
+from fastlora.autograd import DropoutMask
+from fastlora.functional import DROPOUT_MASKS
 from fastlora.layers import FUSED, LoRALinear
 from fastlora.rules import is_sharded, state_reason
 from fastlora.siblings import (

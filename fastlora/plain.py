@@ -45,22 +45,22 @@ def shrink(
     return_bits: bool,
     *,
     rank_dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor]]:
-    hs, bits = shrink_outputs(x, lora_as, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
+) -> tuple[Tensor, Tensor]:
+    h, bits = shrink_outputs(x, lora_as, seed, dropout_p, return_bits, rank_dtype=rank_dtype)
     a_ts = [lora_a.to(rank_dtype).t() for lora_a in lora_as]
     if seed is None:
         wide = x.to(rank_dtype)
-        for h, a_t in zip(hs, a_ts, strict=True):
-            torch.mm(wide, a_t, out=h)
-        return hs, bits
+        for g, a_t in enumerate(a_ts):
+            torch.mm(wide, a_t, out=h[g])
+        return h, bits
     for piece in _masked_pieces(x):
         part = x[piece].to(rank_dtype)
-        for g, (h, a_t) in enumerate(zip(hs, a_ts, strict=True)):
+        for g, a_t in enumerate(a_ts):
             keep = dropout.keep_rows(seed, piece, part.shape[1], dropout_p, g)
-            torch.mm(part * keep, a_t, out=h[piece])
-            if bits:
-                bits[g][piece] = dropout.pack(keep)
-    return hs, bits
+            torch.mm(part * keep, a_t, out=h[g, piece])
+            if return_bits:
+                bits[g, piece] = dropout.pack(keep)
+    return h, bits
 
 
 def shrink_outputs(
@@ -71,49 +71,70 @@ def shrink_outputs(
     return_bits: bool,
     *,
     rank_dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor]:
     m, k = x.shape
-    blocks = -(-k // dropout.LANES)
-    hs = [x.new_empty((m, lora_a.shape[0]), dtype=rank_dtype) for lora_a in lora_as]
-    if not return_bits or seed is None:
-        return hs, []
-    return hs, [x.new_empty((m, blocks), dtype=torch.uint8) for _ in lora_as]
+    siblings, blocks = len(lora_as), -(-k // dropout.LANES)
+    h = x.new_empty((siblings, m, lora_as[0].shape[0]), dtype=rank_dtype)
+    # An operator returns a tensor for each of its results: nothing is an empty one.
+    bits_shape = (siblings, m, blocks) if return_bits and seed is not None else (0,)
+    return h, x.new_empty(bits_shape, dtype=torch.uint8)
 
 
 def low_rank_gemm(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     h: Tensor,
-    lora_b: Tensor,
-    gain: float,
+    lora_bs: Sequence[Tensor],
+    gains: Sequence[float],
     *,
     dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    if out is None:
-        out = low_rank_gemm_output(x, weight, bias, h, lora_b, gain, dtype=dtype)
-    y = out.view(-1, out.shape[-1])
-    x, weight_t = x.to(dtype), weight.to(dtype).t()
-    if bias is None:
-        torch.mm(x, weight_t, out=y)
-    else:
-        torch.addmm(bias.to(dtype), x, weight_t, out=y)
-    _add_product(y, h, lora_b.to(h.dtype).t(), gain)
-    return out
+) -> list[Tensor]:
+    ys = low_rank_gemm_outputs(x, weights, biases, h, lora_bs, gains, dtype=dtype)
+    fill_low_rank_gemm(ys, x, weights, biases, h, lora_bs, gains)
+    return ys
 
 
-def low_rank_gemm_output(
+def fill_low_rank_gemm(
+    ys: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     h: Tensor,
-    lora_b: Tensor,
-    gain: float,
+    lora_bs: Sequence[Tensor],
+    gains: Sequence[float],
+) -> None:
+    """``low_rank_gemm`` into results that exist: for each sibling ``[M, N_g]``."""
+    dtype = ys[0].dtype
+    x = x.to(dtype)
+    for g, (y, weight, bias) in enumerate(zip(ys, weights, biases, strict=True)):
+        weight_t = weight.to(dtype).t()
+        if bias is None:
+            torch.mm(x, weight_t, out=y)
+        else:
+            torch.addmm(bias.to(dtype), x, weight_t, out=y)
+        _add_product(y, h[g], lora_bs[g].to(h.dtype).t(), gains[g])
+
+
+def low_rank_gemm_outputs(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    h: Tensor,
+    lora_bs: Sequence[Tensor],
+    gains: Sequence[float],
     *,
     dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype) for weight in weights]
+
+
+def fill_scaled(y: Tensor, unscaled: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """Compute ``y = scale * unscaled + bias``, rounded once, in one pass."""
+    if bias is None:
+        torch.mul(unscaled, scale, out=y)
+    else:
+        torch.addcmul(bias, unscaled, scale, out=y)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, gain: float) -> None:
@@ -129,22 +150,22 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, gain: float) -> None:
 def adapter_grads(
     dys: Sequence[Tensor],
     x: Tensor | None,
-    hs: Sequence[Tensor],
+    h: Tensor | None,
     lora_bs: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    mask: Tensor | None,
     gains: Sequence[float],
     dropout_p: float,
     *,
     need_dh: bool = True,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    dhs, das, dbs = adapter_grads_outputs(
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dh, das, dbs = adapter_grads_outputs(
         dys,
         x,
-        hs,
+        h,
         lora_bs,
-        masks,
+        mask,
         gains,
         dropout_p,
         need_dh=need_dh,
@@ -155,111 +176,113 @@ def adapter_grads(
         dy = dy.to(rank_dtype)
         if need_dh:
             # beta = 0: the product is scaled before it is rounded, and what dh held is not read.
-            torch.addmm(dhs[g], dy, lora_bs[g].to(rank_dtype), beta=0, alpha=gain, out=dhs[g])
-        if hs:
+            torch.addmm(dh[g], dy, lora_bs[g].to(rank_dtype), beta=0, alpha=gain, out=dh[g])
+        if h is not None:
             # Into the rank's dtype first: a GEMM cannot store fp32 from half-precision operands.
             product = dbs[g].to(rank_dtype)
-            dbs[g].copy_(product.addmm_(dy.t(), hs[g], beta=0, alpha=gain))
+            dbs[g].copy_(product.addmm_(dy.t(), h[g], beta=0, alpha=gain))
     if x is not None:
-        _fill_das(das, dhs, x, masks, dropout_p)
-    return dhs, das, dbs
+        _fill_das(das, dh, x, mask, dropout_p)
+    return dh, das, dbs
 
 
 def adapter_grads_outputs(
     dys: Sequence[Tensor],
     x: Tensor | None,
-    hs: Sequence[Tensor],
+    h: Tensor | None,
     lora_bs: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    mask: Tensor | None,
     gains: Sequence[float],
     dropout_p: float,
     *,
     need_dh: bool = True,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     m, rank, new_empty = dys[0].shape[0], lora_bs[0].shape[1], dys[0].new_empty
-    dhs = [new_empty((m, rank), dtype=rank_dtype) for _ in dys] if need_dh else []
+    dh = new_empty((len(dys), m if need_dh else 0, rank), dtype=rank_dtype)
     das = [] if x is None else [new_empty((rank, x.shape[1]), dtype=grad_dtype) for _ in dys]
-    dbs = [new_empty((b.shape[0], rank), dtype=grad_dtype) for b in lora_bs] if hs else []
-    return dhs, das, dbs
+    dbs = [] if h is None else [new_empty((b.shape[0], rank), dtype=grad_dtype) for b in lora_bs]
+    return dh, das, dbs
 
 
 def _fill_das(
-    das: Sequence[Tensor],
-    dhs: Sequence[Tensor],
-    x: Tensor,
-    masks: Sequence[Tensor],
-    dropout_p: float,
+    das: Sequence[Tensor], dh: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float
 ) -> None:
     """Compute ``dA_g = dh_g^T (keep_g * x)``: ``[R, K]`` for every sibling."""
-    if not masks:
-        wide = x.to(dhs[0].dtype)
-        for da, dh in zip(das, dhs, strict=True):
-            da.copy_(dh.t() @ wide)
+    if mask is None:
+        wide = x.to(dh.dtype)
+        for g, da in enumerate(das):
+            da.copy_(dh[g].t() @ wide)
         return
     # The pieces are summed in fp32 at least: rounding a running sum to bf16 would add up.
-    total_dtype = torch.promote_types(dhs[0].dtype, torch.float32)
+    total_dtype = torch.promote_types(dh.dtype, torch.float32)
     totals = [da.new_zeros(da.shape, dtype=total_dtype) for da in das]
     for piece in _masked_pieces(x):
-        part = x[piece].to(dhs[0].dtype)
-        for g, (total, dh) in enumerate(zip(totals, dhs, strict=True)):
-            keep = _keep(masks, g, piece, part.shape[1], dropout_p)
-            total += dh[piece].t() @ (part * keep)
+        part = x[piece].to(dh.dtype)
+        for g, total in enumerate(totals):
+            keep = dropout.keep_rows(mask, piece, part.shape[1], dropout_p, g)
+            total += dh[g, piece].t() @ (part * keep)
     for da, total in zip(das, totals, strict=True):
         da.copy_(total)
-
-
-def _keep(masks: Sequence[Tensor], g: int, piece: slice, k: int, dropout_p: float) -> Tensor:
-    """Return some rows of a sibling's keep mask; one seed draws those of all siblings."""
-    mask = masks[g] if masks[0].dtype == torch.uint8 else masks[0]
-    return dropout.keep_rows(mask, piece, k, dropout_p, g)
 
 
 def input_grad(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor],
-    dhs: Sequence[Tensor],
+    dh: Tensor,
     lora_as: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    mask: Tensor | None,
     dropout_p: float,
     *,
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
-    out: Tensor | None = None,
 ) -> Tensor:
-    if out is None:
-        out = input_grad_output(
-            dys, weights, dhs, lora_as, masks, dropout_p, dtype=dtype, grad_dtype=grad_dtype
-        )
-    dx = out.view(-1, out.shape[-1])
+    options = {"dtype": dtype, "grad_dtype": grad_dtype}
+    dx = input_grad_output(dys, weights, dh, lora_as, mask, dropout_p, **options)
+    fill_input_grad(dx, dys, weights, dh, lora_as, mask, dropout_p, dtype=dtype)
+    return dx
+
+
+def fill_input_grad(
+    dx: Tensor,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dh: Tensor,
+    lora_as: Sequence[Tensor],
+    mask: Tensor | None,
+    dropout_p: float,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """``input_grad`` into a result that exists: ``[M, K]``."""
     for g, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
         dy, weight = dy.to(dtype), weight.to(dtype)
-        if grad_dtype != dtype:
+        if dx.dtype != dtype:
             product = dy @ weight
             dx = dx.copy_(product) if g == 0 else dx.add_(product)
         elif g == 0:
             torch.mm(dy, weight, out=dx)
         else:
             dx.addmm_(dy, weight)
-    adapters = [a.to(dh.dtype) for a, dh in zip(lora_as, dhs, strict=True)]
-    if not masks:
-        for dh, a in zip(dhs, adapters, strict=True):
-            _add_product(dx, dh, a, 1.0)
-        return out
+    adapters = [a.to(dh.dtype) for a in lora_as]
+    if mask is None:
+        for g, a in enumerate(adapters):
+            _add_product(dx, dh[g], a, 1.0)
+        return
     for piece in _masked_pieces(dx):
-        for g, (dh, a) in enumerate(zip(dhs, adapters, strict=True)):
-            low_rank = dh[piece] @ a
-            dx[piece] += low_rank.mul_(_keep(masks, g, piece, low_rank.shape[1], dropout_p))
-    return out
+        for g, a in enumerate(adapters):
+            low_rank = dh[g, piece] @ a
+            keep = dropout.keep_rows(mask, piece, low_rank.shape[1], dropout_p, g)
+            dx[piece] += low_rank.mul_(keep)
 
 
 def input_grad_output(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor],
-    dhs: Sequence[Tensor],
+    dh: Tensor,
     lora_as: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    mask: Tensor | None,
     dropout_p: float,
     *,
     dtype: torch.dtype,

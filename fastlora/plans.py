@@ -27,7 +27,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -284,14 +284,10 @@ def check_device(device: torch.device) -> dict[str, str]:
         failures = {}
         for kernel in KERNELS:
             try:
-                with _neutral(device):
-                    reason = _wrong_result(kernel, device)
+                reason = _reason_against(kernel, device)
             except torch.OutOfMemoryError:
                 # Nothing is known of the kernel: the next call checks again.
                 return dict.fromkeys(KERNELS, "out of memory while it was checked")
-            except Exception as error:  # an unknown device may fail anywhere in the compiler
-                first_line = str(error).strip().partition("\n")[0]
-                reason = f"{type(error).__name__}: {first_line}"
             if reason is not None:
                 failures[kernel] = reason
                 warnings.warn(
@@ -302,6 +298,39 @@ def check_device(device: torch.device) -> dict[str, str]:
                 )
         _failures[device] = failures
     return failures
+
+
+def _reason_against(kernel: str, device: torch.device) -> str | None:
+    """Return what is wrong with a kernel on a device, whichever way it is launched, or ``None``."""
+
+    def reason_now() -> str | None:
+        try:
+            with _neutral(device):
+                return _wrong_result(kernel, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # an unknown device may fail anywhere in the compiler
+            first_line = str(error).strip().partition("\n")[0]
+            return f"{type(error).__name__}: {first_line}"
+
+    reason = reason_now()
+    if reason is None or device.type != "cuda":
+        return reason
+    from fastlora.kernels.launch import Launch
+
+    if not Launch.may_be_direct:
+        return reason
+    Launch.may_be_direct = False
+    if reason_now() is not None:
+        Launch.may_be_direct = True  # it was not the way it is launched
+        return reason
+    warnings.warn(
+        f"launching past Triton does not work on {device_limits(device).name} ({reason}): kernels "
+        "are launched by it, which takes the host 12 to 40 us each",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
 
 
 @contextmanager
@@ -328,38 +357,75 @@ def _wrong_result(kernel: str, device: torch.device) -> str | None:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     x, weight, dy = draw(m, k), draw(n, k) * k**-0.5, draw(m, n)
-    a, b, h = draw(r, k) * k**-0.5, draw(n, r), draw(m, r)
+    a, b, h = draw(r, k) * k**-0.5, draw(n, r), draw(1, m, r)
     seed = torch.full((), 20251122, dtype=torch.int64, device=device)
     threshold = dropout.threshold(p)
-    (expected_h,), (bits,) = plain.shrink(x, [a], seed, p, True, rank_dtype=dtype)
+    expected_h, bits = plain.shrink(x, [a], seed, p, True, rank_dtype=dtype)
+    # What is prepared goes past Triton from the second call on: both ways are checked.
+    times = range(2 if device.type == "cuda" else 1)
     if kernel == "shrink":
-        from fastlora.kernels.shrink import shrink
+        from fastlora.kernels.shrink import prepare_shrink
 
-        (got_h,), (got_bits,) = shrink(x, [a], seed, threshold, rank_dtype=dtype, return_bits=True)
-        if not torch.equal(got_bits, bits):
+        run = prepare_shrink(x, [a], threshold, dropped=True, rank_dtype=dtype, return_bits=True)
+        for _ in times:
+            got_h, got_bits = run(x, seed)
+        if got_bits is None or not torch.equal(got_bits, bits):
             return "the dropout mask differs"
         return _difference([("h", got_h, expected_h)])
     if kernel == "adapter_grads":
-        from fastlora.kernels.adapter_grads import adapter_grads
+        from fastlora.kernels.adapter_grads import prepare_adapter_grads
 
-        wide, tensors = torch.float32, ([dy], x, [h], [b], [bits], [1.5])
-        got = adapter_grads(*tensors, rank_dtype=dtype, grad_dtype=wide)
-        wanted = plain.adapter_grads(*tensors, p, rank_dtype=dtype, grad_dtype=wide)
-        triples = zip(("dh", "dA", "dB"), got, wanted, strict=True)
-        return _difference([(name, one[0] if one else None, two[0]) for name, one, two in triples])
-    from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
+        dtypes: Any = {"rank_dtype": dtype, "grad_dtype": torch.float32}
+        grads = prepare_adapter_grads([dy], x, [b], "bits", [1.5], **dtypes)
+        for _ in times:
+            got = grads([dy], x, h, bits)
+        wanted = plain.adapter_grads([dy], x, h, [b], bits, [1.5], p, **dtypes)
+        results: list[tuple[str, Tensor | None, Tensor]] = [("dh", got[0], wanted[0])]
+        for name, ours, right in zip(("dA", "dB"), got[1:], wanted[1:], strict=True):
+            results.append((name, ours[0] if ours else None, right[0]))
+        return _difference(results)
+    return _wrong_gemm(kernel == "low_rank_term", x, weight, dy, a, b, h, bits, p, times)
 
-    bias = None
-    if kernel == "low_rank_term":
-        bias = dy[0]
-        y = low_rank_term(h, b, bias, 1.5, dtype=dtype)
-        dx = input_grad([], [], [h], [a], [bits], grad_dtype=dtype)
+
+def _wrong_gemm(
+    alone: bool,
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    bits: Tensor,
+    p: float,
+    times: range,
+) -> str | None:
+    """``_wrong_result`` of the GEMM in both directions, or of its low-rank term alone."""
+    from fastlora.kernels.low_rank_gemm import (
+        prepare_input_grad,
+        prepare_low_rank_gemm,
+        prepare_low_rank_term,
+    )
+
+    m, dtype = x.shape[0], x.dtype
+    bias = dy[0] if alone else None
+    dys, weights = ([], []) if alone else ([dy], [weight])
+    y, dx = x.new_empty((m, weight.shape[0])), torch.empty_like(x)
+    backward = prepare_input_grad(
+        dys, weights, [a], "bits", 0, m=m, rank_dtype=dtype, grad_dtype=dtype
+    )
+    if alone:
         weight = torch.zeros_like(weight)
+        term = prepare_low_rank_term([b], [bias], [1.5], m=m, dtype=dtype, rank_dtype=dtype)
     else:
-        y = low_rank_gemm(x, weight, None, h, b, 1.5)
-        dx = input_grad([dy], [weight], [h], [a], [bits], grad_dtype=dtype)
-    expected_y = plain.low_rank_gemm(x, weight, bias, h, b, 1.5, dtype=dtype)
-    operands = ([dy], [weight], [h], [a], [bits], p)
+        forward = prepare_low_rank_gemm(x, [weight], [bias], [b], [1.5], rank_dtype=dtype)
+    for _ in times:
+        if alone:
+            term(h, [y])
+        else:
+            forward(x, h, [y])
+        backward(dys, h, bits, dx)
+    (expected_y,) = plain.low_rank_gemm(x, [weight], [bias], h, [b], [1.5], dtype=dtype)
+    operands = ([dy], [weight], h, [a], bits, p)
     expected_dx = plain.input_grad(*operands, dtype=dtype, grad_dtype=dtype)
     return _difference([("y", y, expected_y), ("dx", dx, expected_dx)])
 

@@ -9,6 +9,7 @@ third of one.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,11 +21,24 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import dora
 from fastlora.functional import FLOAT_DTYPES
+from fastlora.prepared import Siblings
 
 # Keyword arguments that peft's hooks pass to every layer; None means that nothing was asked for.
 _PEFT_ARGUMENTS = frozenset(("adapter_names", "alora_offsets"))
 # torch calls these four on every module; reading a weight instead of calling its module skips them.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What of a layer's own attributes and children is compared, each in one step.
+_SETTINGS = itemgetter(
+    "_disable_adapters",
+    "merged_adapters",
+    "_active_adapter",
+    "fan_in_fan_out",
+    "cast_input_dtype_enabled",
+    "lora_variant",
+)
+_CHILDREN = itemgetter("base_layer", "lora_A", "lora_B", "lora_dropout")
+# torch fills these dictionaries and never replaces them.
+_GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{name}") for name in _HOOKS)
 # peft's hotswap to another rank leaves a bare Tensor where the Parameter was.
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 _DEVICES = frozenset(("cpu", "cuda"))
@@ -33,12 +47,23 @@ _DEVICES = frozenset(("cpu", "cuda"))
 class _Adapter:
     """One active adapter of a layer."""
 
-    __slots__ = ("a", "b", "dropout", "lora_a", "lora_b", "lora_bias", "magnitude", "name")
+    __slots__ = (
+        "a",
+        "b",
+        "dropout",
+        "lora_a",
+        "lora_b",
+        "lora_bias",
+        "magnitude",
+        "name",
+        "variant",
+    )
 
     def __init__(self, layer: PeftLinear, name: str) -> None:
         self.name = name
         self.a, self.b = layer.lora_A[name], layer.lora_B[name]
         self.dropout = layer.lora_dropout[name]
+        self.variant = layer.lora_variant.get(name)
         self.lora_a, self.lora_b, self.lora_bias = self.a.weight, self.b.weight, self.b.bias
         # DoRA's, or None.
         self.magnitude = layer.lora_magnitude_vector[name] if is_dora(layer, name) else None
@@ -57,34 +82,34 @@ class Operands:
         device: of all.
         features: K.
         rank: R; of several adapters the sum.
+        siblings: the operands as a group of one, unless they are made anew for each call.
         magnitude: DoRA's module, or ``None``.
     """
 
     __slots__ = (
-        "_active",
-        "_base",
+        "_children",
+        "_contents",
+        "_dropouts",
         "_facts",
+        "_hooks",
         "_leaves",
         "_names",
+        "_settings",
         "_transposed",
-        "_variants",
         "adapters",
         "bias",
         "device",
         "features",
         "magnitude",
         "rank",
+        "siblings",
         "simple",
         "tensors",
         "weight",
     )
 
     def __init__(self, layer: PeftLinear) -> None:
-        active = layer._active_adapter
-        self._active = active if isinstance(active, str) else list(active)
-        self._names = list(layer.lora_A)
-        self._variants = [layer.lora_variant.get(name) for name in active_adapters(layer)]
-        self._base = base = layer.base_layer
+        base = layer.base_layer
         self.weight, self.bias = base.weight, base.bias
         self.adapters = tuple(_Adapter(layer, name) for name in active_adapters(layer))
         self.device = base.weight.device
@@ -95,7 +120,6 @@ class Operands:
         self.magnitude = first.magnitude
         plain = first.lora_bias is None and first.magnitude is None
         self.simple = len(self.adapters) == 1 and plain and not self._transposed
-        self._leaves = (base, *(leaf for each in self.adapters for leaf in (each.a, each.b)))
         optional = [self.bias, *(each.lora_bias for each in self.adapters)]
         if self.magnitude is not None:
             optional.append(self.magnitude.weight)
@@ -104,88 +128,108 @@ class Operands:
             *(tensor for each in self.adapters for tensor in (each.lora_a, each.lora_b)),
             *(tensor for tensor in optional if tensor is not None),
         )
-        self._facts = tuple((t, type(t), t.dtype, t.device, t.shape) for t in self.tensors)
+        self._facts: tuple[tuple[Any, ...], ...] | None = None  # not remembered
+        self.siblings: Siblings | None = None
+
+    def remember(self, layer: PeftLinear) -> bool:
+        """Look at what ``hold`` compares; returns whether it holds, so that it can be relied on."""
+        try:
+            self._facts = tuple(
+                (t, type(t), t.dtype, t.device, t.shape, t.data_ptr() % 16) for t in self.tensors
+            )
+        except RuntimeError:  # torch.func's tensors have no memory
+            return False
+        if any(tensor.numel() == 1 for tensor in self.tensors):
+            return False  # two of them may be equal, and not the same
+        self._look_at(layer)
+        if len(self.adapters) == 1 and self.adapters[0].lora_bias is None and not self._transposed:
+            first, scaled = self.adapters[0], self.magnitude is not None
+            adapter = ((first.lora_a,), (first.lora_b,))
+            self.siblings = Siblings((self.weight,), (self.bias,), *adapter, scaled=scaled)
+        return self.hold(layer)
+
+    def _look_at(self, layer: PeftLinear) -> None:
+        active = layer._active_adapter
+        active = active if isinstance(active, str) else list(active)
+        variants = dict(layer.lora_variant)
+        self._settings: tuple[Any, ...] = (False, [], active, self._transposed, True, variants)
+        self._names = [each.name for each in self.adapters]
+        self._children = children = _CHILDREN(layer._modules)
+        leaves = [layer.base_layer]
+        for each in self.adapters:
+            leaves += (each.a, each.b, each.dropout)
+        self._leaves = tuple((leaf, type(leaf), leaf.__dict__) for leaf in leaves)
+        # From here on the dictionaries themselves: torch fills them and never replaces them.
+        self._hooks = tuple(getattr(leaf, name) for leaf in leaves for name in _HOOKS)
+        contents = [child._modules for child in children[1:]]
+        contents += [leaf._parameters for leaf in leaves]
+        self._contents = tuple((each, dict(each)) for each in contents if each)
+        self._dropouts = tuple(
+            each.dropout.__dict__ for each in self.adapters if type(each.dropout) is nn.Dropout
+        )
 
     def hold(self, layer: PeftLinear) -> bool:
         """Return whether ``state_reason`` would still say the same of the layer.
 
-        Everything is compared that ``state_reason`` looks at, in the order of its walk, written out
-        without a call: each costs as much as three comparisons.
+        Everything is compared that ``state_reason`` looks at.
         """
+        return self.tensors_hold() and self.modules_hold(layer)
+
+    def modules_hold(self, layer: PeftLinear) -> bool:
+        """Return whether it would still say the same of the layer's settings and modules."""
         try:
-            return self._hold(layer)
+            return self._modules_hold(layer)
         except KeyError:  # an adapter was deleted, or nn.DataParallel made a copy of the layer
             return False
+        except RuntimeError:  # tensors were compared: a parameter is another one
+            return False
 
-    def _hold(self, layer: PeftLinear) -> bool:
+    def _modules_hold(self, layer: PeftLinear) -> bool:
+        # Whole tuples and dictionaries: they are equal if each item is identical or equal, and
+        # comparing them takes no step of the interpreter for an item.
         own = layer.__dict__
-        modules, base = own["_modules"], self._base
-        own_a = modules["lora_A"]._modules
         if (
-            own["_disable_adapters"]
-            or own["merged_adapters"]
-            or own["_active_adapter"] != self._active
-            or list(own_a) != self._names
+            _SETTINGS(own) != self._settings
+            or _CHILDREN(own["_modules"]) != self._children
             or "forward" in own
-            or own["fan_in_fan_out"] is not self._transposed
-            or not own["cast_input_dtype_enabled"]
-            or modules["base_layer"] is not base
-            or base._parameters["weight"] is not self.weight
-            or base._parameters["bias"] is not self.bias
-            or self.weight.requires_grad
-            or nn_module._global_forward_hooks
-            or nn_module._global_forward_pre_hooks
-            or nn_module._global_backward_hooks
-            or nn_module._global_backward_pre_hooks
+            or any(self._hooks)
+            or any(_GLOBAL_HOOKS)
         ):
             return False
-        for each, variant in zip(self.adapters, self._variants, strict=True):
-            name, dropout, of_dropout = each.name, each.dropout, each.dropout.__dict__
-            if (
-                own["lora_variant"].get(name) is not variant
-                or type(own["scaling"][name]) not in _NUMBERS
-                or own_a[name] is not each.a
-                or modules["lora_B"]._modules[name] is not each.b
-                or modules["lora_dropout"]._modules[name] is not each.dropout
-                or each.a._parameters["weight"] is not each.lora_a
-                or each.a._parameters["bias"] is not None
-                or each.b._parameters["weight"] is not each.lora_b
-                or each.b._parameters["bias"] is not each.lora_bias
-                or (type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout)
-                or of_dropout.get("p", 0.0) >= 1.0
-                or "forward" in of_dropout
-                or of_dropout["_forward_hooks"]
-                or of_dropout["_forward_pre_hooks"]
-                or of_dropout["_backward_hooks"]
-                or of_dropout["_backward_pre_hooks"]
-            ):
+        for now, then in self._contents:
+            if now != then:
+                return False
+        for leaf, kind, of_leaf in self._leaves:
+            if type(leaf) is not kind or "forward" in of_leaf or "_hf_hook" in of_leaf:
+                return False
+        scaling = own["scaling"]
+        for name in self._names:
+            if type(scaling[name]) not in NUMBERS:
+                return False
+        for of_dropout in self._dropouts:
+            if of_dropout["p"] >= 1.0:
                 return False
         magnitude = self.magnitude
-        if magnitude is not None and (
-            modules["lora_magnitude_vector"]._modules[self.adapters[0].name] is not magnitude
-            or magnitude.weight is not self.tensors[-1]
-            or _magnitude_reason(magnitude) is not None
-        ):
+        return magnitude is None or (
+            own["_modules"]["lora_magnitude_vector"]._modules[self._names[0]] is magnitude
+            and magnitude.weight is self.tensors[-1]
+            and _magnitude_reason(magnitude) is None
+        )
+
+    def tensors_hold(self) -> bool:
+        """Return whether the tensors lie in memory as they did, wherever that is.
+
+        ``x.data = y`` (model.to, FSDP, ZeRO) and swap_tensors keep the object and change the rest.
+        """
+        if self._facts is None or self.weight.requires_grad:
             return False
-        for leaf in self._leaves:
-            of_leaf = leaf.__dict__
-            if (
-                type(leaf) not in _LINEARS
-                or "_hf_hook" in of_leaf
-                or "forward" in of_leaf
-                or of_leaf["_forward_hooks"]
-                or of_leaf["_forward_pre_hooks"]
-                or of_leaf["_backward_hooks"]
-                or of_leaf["_backward_pre_hooks"]
-            ):
-                return False
-        for tensor, kind, dtype, device, shape in self._facts:
-            # "x.data = y" (model.to, FSDP, ZeRO) and swap_tensors keep the object and change these.
+        for tensor, kind, dtype, device, shape, offset in self._facts:
             if (
                 type(tensor) is not kind
                 or tensor.dtype is not dtype
                 or tensor.device != device
                 or tensor.shape != shape
+                or tensor.data_ptr() % 16 != offset  # kernels read whole vectors of aligned ones
             ):
                 return False
         return True
@@ -199,9 +243,18 @@ class Operands:
                 p = dropout.p
         return p
 
+    def versions(self) -> int:
+        """Return a number that an in-place change of any weight raises (an optimizer's step)."""
+        total = 0
+        for tensor in self.tensors:
+            total += tensor._version
+        return total
+
     def scalings(self, layer: PeftLinear) -> tuple[float, ...]:
         """Return the scalings of the active adapters."""
         scaling = layer.scaling
+        if len(self.adapters) == 1:
+            return (scaling[self.adapters[0].name],)
         return tuple([scaling[each.name] for each in self.adapters])
 
     def arguments(
@@ -237,17 +290,21 @@ class Operands:
         """Return what DoRA makes of the fused operation's result; without DoRA the result."""
         if self.magnitude is None:
             return y
-        first, magnitude = self.adapters[0], self.magnitude.weight
-        operands = (magnitude, self.weight, first.lora_a, first.lora_b, scalings[0])
-        return dora.scale_columns(y, dora.column_scale(*operands), self.bias)
+        return dora.scale_columns(y, self.column_scale(scalings), self.bias)
+
+    def column_scale(self, scalings: tuple[float, ...]) -> Tensor:
+        """Return what DoRA multiplies the columns of the output by (there is DoRA)."""
+        first, magnitude = self.adapters[0], self.magnitude
+        assert magnitude is not None
+        operands = (self.weight, first.lora_a, first.lora_b, scalings[0])
+        return dora.column_scale(magnitude.weight, *operands)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled layer has other tensors: it asks the rules anew.
         return (_nothing, ())
 
 
-_NUMBERS = frozenset((int, float))
-_LINEARS = frozenset((nn.Linear, Conv1D))
+NUMBERS = frozenset((int, float))
 
 
 def _nothing() -> None:
@@ -260,7 +317,7 @@ def operands(layer: PeftLinear) -> Operands | str:
     if remembered is not None and remembered.hold(layer):
         return remembered
     found = operands_now(layer)
-    remember = isinstance(found, Operands) and found.hold(layer)
+    remember = isinstance(found, Operands) and found.remember(layer)
     layer.__dict__["fastlora_operands"] = found if remember else None
     return found
 
@@ -466,12 +523,7 @@ def _weights_reason(layer: PeftLinear, adapter: str) -> str | None:
 
 
 def _global_hooks_reason() -> str | None:
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
+    if any(_GLOBAL_HOOKS):
         return "hooks are registered on all modules"
     return None
 

@@ -15,21 +15,27 @@ in one tensor instead of one for each sibling and an addition, and the host make
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import rules
+from fastlora.autograd import DropoutMask, apply_call, apply_scaled, apply_siblings
 from fastlora.discovery import sibling_names
-from fastlora.functional import apply_siblings
 from fastlora.layers import LoRALinear
+from fastlora.prepared import Siblings
 
 MAX_SIBLINGS = 4  # as many operands as the GEMM of the backward pass takes
 # Above it the accumulators of siblings do not fit in registers where they are multiplied in fp32:
 # four of rank 256 spill 4.9 KB a thread (sm_90).
 MAX_FP32_RANK = 64
+
+
+# Outputs in a row that nobody could use, after which a group is given up until the next patch: its
+# siblings get different tensors, say from a hook that casts the input of each.
+MAX_MISSED = 8
 
 
 class SiblingGroup:
@@ -45,6 +51,7 @@ class SiblingGroup:
         self._parent: nn.Module | None = None
         self._pending: _Pending | None = None
         self._united: _United | None = None
+        self._missed = 0  # outputs in a row that were for another tensor than their layer got
 
     def enter(self, parent: nn.Module) -> None:
         """Begin a call of the parent."""
@@ -64,8 +71,12 @@ class SiblingGroup:
     def output_of(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """Return the layer's output for ``x``, or ``None`` where it has to run alone."""
         pending = self._pending
-        if pending is None or pending.x is not x:
+        if pending is None:
             return self._compute(layer, x)
+        if pending.x is not x:
+            self._missed += layer in pending.outputs
+            return self._compute(layer, x)
+        self._missed = 0
         y = pending.take(layer)
         if not pending.outputs:
             self._pending = None
@@ -76,6 +87,10 @@ class SiblingGroup:
         members = self._members(parent)
         if members is None:
             return "one of them was replaced, or is an FSDP unit of its own"
+        if self._missed >= MAX_MISSED:
+            return (
+                "each was called with a tensor of its own (a hook that casts or copies the input?)"
+            )
         united = _United(members, [rules.Operands(member) for member in members])
         if united.difference is not None:
             return united.difference
@@ -98,6 +113,8 @@ class SiblingGroup:
 
     def _compute(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """Compute the outputs of all members, keep those of the others, return the layer's."""
+        if self._missed >= MAX_MISSED:
+            return None
         members = self._members(self._parent)
         if members is None:
             self._united = None  # it would keep the weights of replaced layers alive
@@ -105,31 +122,29 @@ class SiblingGroup:
         if layer not in members:
             return None
         united = self._united
-        if united is None or not united.holds(members):
+        if united is None or not united.holds(members, layer):
             self._united = united = _unite(members)
         if united is None or united.difference is not None:
             return None
-        if rules.tracing_reason() or united.input_reason(x) or x.is_inference():
-            return None  # (inference tensors do not say whether they were changed in place)
         p = united.dropout_p()
         if p is None or (
             united.has_large_fp32_rank and not torch.is_autocast_enabled(x.device.type)
         ):
             return None
         self._pending = None
-        scalings = [
-            each.scalings(member) for member, each in zip(members, united.operands, strict=True)
-        ]
-        weights, biases, lora_as, lora_bs, gains = united.arguments(scalings)
-        mask = layer.fastlora_dropout_mask
-        ys = apply_siblings(x, weights, biases, lora_as, lora_bs, gains, p, None, mask)
-        if not united.simple:
-            triples = zip(ys, united.operands, scalings, strict=True)
-            ys = tuple([each.finish(y, own) for y, each, own in triples])
-        outputs = dict(zip(members, zip(ys, united.operands, scalings, strict=True), strict=True))
-        y = outputs.pop(layer)[0]
-        self._pending = _Pending(x, united, p, outputs)
-        return y
+        scalings = united.scalings()
+        if scalings is None:
+            self._united = None
+            return None
+        ys = united.outputs(x, scalings, p, layer.fastlora_dropout_mask)
+        if ys is None:
+            return None
+        outputs = {}
+        for member, y, operands, own in zip(members, ys, united.operands, scalings, strict=True):
+            outputs[member] = (y, operands, own, operands.versions())
+        result: Tensor = outputs.pop(layer)[0]
+        self._pending = _Pending(x, p, outputs)
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SiblingGroup, (self.names,)
@@ -138,49 +153,73 @@ class SiblingGroup:
 class _United:
     """The operands of all members."""
 
-    __slots__ = ("_first_four", "difference", "has_large_fp32_rank", "operands", "simple")
+    __slots__ = ("_members", "_siblings", "difference", "has_large_fp32_rank", "operands")
 
     def __init__(self, members: list[LoRALinear], operands: list[rules.Operands]) -> None:
-        self.operands = operands
+        self._members, self.operands = members, operands
         self.difference = _difference(members, operands)  # then each runs alone
-        self._first_four: tuple[tuple[Any, ...], ...] | None = None
         first = operands[0]
         fp32 = first.adapters[0].lora_a.dtype == torch.float32
         self.has_large_fp32_rank = fp32 and first.rank > MAX_FP32_RANK
-        self.simple = all(each.simple for each in operands)
-        if self.simple:
-            arguments = [each.arguments((1.0,))[:4] for each in operands]
-            self._first_four = tuple(zip(*arguments, strict=True))
+        self._siblings: Siblings | None = None
+        alone = [each.siblings for each in operands if each.siblings is not None]
+        if len(alone) == len(operands) and len({each.scaled for each in alone}) == 1:
+            self._siblings = Siblings.of(alone)
 
-    def arguments(self, scalings: list[tuple[float, ...]]) -> tuple[tuple[Any, ...], ...]:
-        """Return what ``apply_siblings`` takes: weights, biases, As, Bs and scalings."""
-        if self._first_four is not None:
-            return (*self._first_four, tuple([own[0] for own in scalings]))
+    def scalings(self) -> list[tuple[float, ...]] | None:
+        """Return the scalings of every member's adapters, or ``None`` if one has no such number."""
+        found = []
+        try:
+            for member, operands in zip(self._members, self.operands, strict=True):
+                found.append(operands.scalings(member))
+        except KeyError:  # the adapter was deleted
+            return None
+        return found if all(type(each[0]) in rules.NUMBERS for each in found) else None
+
+    def outputs(
+        self, x: Tensor, scalings: list[tuple[float, ...]], p: float, mask: DropoutMask
+    ) -> Sequence[Tensor] | None:
+        """Return the outputs of all members, or ``None`` where each has to run alone."""
+        siblings = self._siblings
+        if siblings is not None:
+            call = None
+            if not siblings.scaled or self.input_reason(x) is None:  # DoRA has rules of its own
+                call = siblings.call_for(x, tuple([own[0] for own in scalings]), p, mask)
+            if call is not None and siblings.scaled:
+                pairs = zip(self.operands, scalings, strict=True)
+                return apply_scaled(call, x, [each.column_scale(own) for each, own in pairs])
+            if call is not None:
+                return apply_call(call, x)
+        # Inference tensors do not say whether they were changed in place.
+        if rules.tracing_reason() or self.input_reason(x) or x.is_inference():
+            return None
         pairs = zip(self.operands, scalings, strict=True)
-        return tuple(zip(*[each.arguments(own) for each, own in pairs], strict=True))
+        arguments = zip(*[each.arguments(own) for each, own in pairs], strict=True)
+        weights, biases, lora_as, lora_bs, gains = arguments
+        ys = apply_siblings(x, weights, biases, lora_as, lora_bs, gains, p, None, mask)
+        triples = zip(ys, self.operands, scalings, strict=True)
+        return [each.finish(y, own) for y, each, own in triples]
 
     def input_reason(self, x: Tensor) -> str | None:
         """Return why a call with this input is not for all members, or ``None``."""
-        reason = rules.input_reason(self.operands[0], x)
-        if not self.simple:  # DoRA and several adapters have rules of their own
-            for each in self.operands[1:]:
-                reason = reason or rules.input_reason(each, x)
-        return reason
-
-    def holds(self, members: list[LoRALinear]) -> bool:
-        """Return whether the rules would still say the same of every member."""
-        for member, operands in zip(members, self.operands, strict=True):
-            if not operands.hold(member):
-                return False
-        return True
-
-    def versions(self) -> int:
-        """Return a number that an in-place change of any weight raises (an optimizer's step)."""
-        total = 0
         for each in self.operands:
-            for tensor in each.tensors:
-                total += tensor._version
-        return total
+            if reason := rules.input_reason(each, x):
+                return reason
+        return None
+
+    def holds(self, members: list[LoRALinear], layer: LoRALinear) -> bool:
+        """Return whether a call of one member may compute the outputs of all.
+
+        The rules would still say the same of it, and the tensors of the others are as they were.
+        What the rules say of the others is asked when they are called (``_Pending.take``): until
+        then it may change.
+        """
+        if members != self._members:
+            return False
+        for operands in self.operands:
+            if not operands.tensors_hold():
+                return False
+        return self.operands[members.index(layer)].modules_hold(layer)
 
     def dropout_p(self) -> float | None:
         """Return the dropout of a call made now, or ``None`` where the siblings' differ."""
@@ -222,18 +261,16 @@ def _difference(members: list[LoRALinear], found: list[rules.Operands]) -> str |
 class _Pending:
     """Outputs that were computed with the first sibling's, and when they are still right."""
 
-    __slots__ = ("_mode", "_p", "_united", "_version", "_versions", "outputs", "x")
+    __slots__ = ("_device", "_mode", "_p", "_version", "outputs", "x")
 
-    def __init__(
-        self, x: Tensor, united: _United, p: float, outputs: dict[LoRALinear, tuple[Any, ...]]
-    ) -> None:
+    def __init__(self, x: Tensor, p: float, outputs: dict[LoRALinear, tuple[Any, ...]]) -> None:
         self.x = x
-        self.outputs = outputs  # each with the operands and scalings that it was computed with
+        # Each with what it was computed with: operands, scalings, versions of the weights.
+        self.outputs = outputs
+        self._device = x.device
         self._version = x._version
-        self._mode = _mode(x)
+        self._mode = _mode(x, self._device)
         self._p = p
-        self._united = united
-        self._versions = united.versions()
 
     def take(self, layer: LoRALinear) -> Tensor | None:
         """Hand out a layer's output, once, if a call made now would compute the same."""
@@ -241,12 +278,12 @@ class _Pending:
         if entry is None:
             return None
         y: Tensor
-        y, operands, scalings = entry
+        y, operands, scalings, versions = entry
         if (
             self.x._version != self._version
-            or _mode(self.x) != self._mode
-            or self._united.versions() != self._versions
-            or not operands.hold(layer)
+            or _mode(self.x, self._device) != self._mode
+            or operands.versions() != versions
+            or not operands.modules_hold(layer)
             or operands.dropout_p() != self._p
             or operands.scalings(layer) != scalings
         ):
@@ -254,16 +291,15 @@ class _Pending:
         return y
 
 
-def _mode(x: Tensor) -> tuple[Any, ...]:
+def _mode(x: Tensor, device: torch.device) -> tuple[Any, ...]:
     """Return what a call depends on beside its operands."""
-    device = x.device
-    autocast = torch.is_autocast_enabled(device.type)
+    kind = device.type
     return (
         torch.is_grad_enabled(),
         x.requires_grad,
-        autocast and torch.get_autocast_dtype(device.type),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         # On another stream the outputs may not have been written yet.
-        torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0,
+        torch._C._cuda_getCurrentRawStream(device.index) if kind == "cuda" else 0,
     )
 
 

@@ -185,12 +185,12 @@ class _Operands:
         self.x, self.dys = draw(m, k), [draw(m, n) for n in ns]
         self.weights = [draw(n, k) * k**-0.5 for n in ns]
         self.lora_as, self.lora_bs = [draw(r, k) * k**-0.5 for _ in ns], [draw(n, r) for n in ns]
-        self.hs, self.gains = [draw(m, r) for _ in ns], [1.5 for _ in ns]
+        self.h, self.gains, self.biases = draw(len(ns), m, r), [1.5] * len(ns), [None] * len(ns)
         self.threshold = dropout.threshold(p)
         self.seed = torch.ones((), dtype=torch.int64, device=device) if p else None
         # Their values do not matter to the time, and drawing them by PyTorch would take longer.
-        bits = [torch.full((m, -(-k // 8)), 255, dtype=torch.uint8, device=device) for _ in ns]
-        self.masks = bits if p else None
+        bits = torch.full((len(ns), m, -(-k // 8)), 255, dtype=torch.uint8, device=device)
+        self.mask = bits if p else None
 
 
 def tune(
@@ -332,8 +332,7 @@ def tune_shape(
     """Measure a linear or a group with ``m`` rows.
 
     Returns:
-        Table entries for its operations: five of a linear; four of a group, whose linears have a
-        forward GEMM each.
+        Table entries for its five operations.
     """
     operands = _Operands(shape, m, r, dtype, dropout_p, device)
     sizes = (dtype, m, sum(shape.ns), shape.k, r)
@@ -378,7 +377,8 @@ def _bind(run: Callable[[TileConfig], object], tile: TileConfig) -> Callable[[],
 
 
 def _thin_products(o: _Operands, dtype: torch.dtype) -> dict[str, Callable[[TileConfig], object]]:
-    from fastlora.kernels.adapter_grads import adapter_grads, input_pass
+    from fastlora.kernels.adapter_grads import adapter_grads
+    from fastlora.kernels.input_pass import input_pass
     from fastlora.kernels.shrink import shrink
 
     masked = o.seed is not None
@@ -390,11 +390,11 @@ def _thin_products(o: _Operands, dtype: torch.dtype) -> dict[str, Callable[[Tile
 
     def run_output_pass(tile: TileConfig) -> object:
         options = {"rank_dtype": dtype, "grad_dtype": torch.float32, "output_config": tile}
-        operands = (o.dys, None, o.hs, o.lora_bs, None, o.gains)
+        operands = (o.dys, None, o.h, o.lora_bs, None, o.gains)
         return adapter_grads(*operands, **options)  # type: ignore[arg-type]
 
     def run_input_pass(tile: TileConfig) -> None:
-        input_pass(o.x, o.hs, das, o.masks, o.threshold, rank_dtype=dtype, config=tile)
+        input_pass(o.x, o.h, das, o.mask, o.threshold, rank_dtype=dtype, config=tile)
 
     return {"shrink": run_shrink, "output_pass": run_output_pass, "input_pass": run_input_pass}
 
@@ -409,7 +409,7 @@ def _gemms(o: _Operands, dtype: torch.dtype) -> dict[str, _Forms]:
     """
     from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
 
-    terms = (o.hs, o.lora_as, o.masks, o.threshold)
+    terms = (o.h, o.lora_as, o.mask, o.threshold)
     pairs = list(zip(o.dys, o.weights, strict=True))
 
     def fused_backward(tile: TileConfig) -> object:
@@ -427,20 +427,22 @@ def _gemms(o: _Operands, dtype: torch.dtype) -> dict[str, _Forms]:
             dx += torch.mm(dy, weight)  # as autograd adds up the gradients of a shared input
         return dx
 
-    forms: dict[str, _Forms] = {"input_grad": (fused_backward, hybrid_backward, base_backward)}
-    if len(pairs) > 1:
-        return forms
-    (weight,), (h,), (b,) = o.weights, o.hs, o.lora_bs
-    weight_t = weight.t()
-
     def fused_forward(tile: TileConfig) -> object:
-        return low_rank_gemm(o.x, weight, None, h, b, 1.5, config=tile)
+        return low_rank_gemm(o.x, o.weights, o.biases, o.h, o.lora_bs, o.gains, config=tile)
 
     def hybrid_forward() -> object:
-        return low_rank_term(h, b, None, 1.5, dtype=dtype).addmm_(o.x, weight_t)
+        ys = low_rank_term(o.h, o.lora_bs, o.biases, o.gains, dtype=dtype)
+        for y, weight in zip(ys, o.weights, strict=True):
+            y.addmm_(o.x, weight.t())
+        return ys
 
-    forward = (fused_forward, hybrid_forward, lambda: torch.mm(o.x, weight_t))
-    return {"low_rank_gemm": forward, **forms}
+    def base_forward() -> object:
+        return [torch.mm(o.x, weight.t()) for weight in o.weights]
+
+    return {
+        "low_rank_gemm": (fused_forward, hybrid_forward, base_forward),
+        "input_grad": (fused_backward, hybrid_backward, base_backward),
+    }
 
 
 def _write(path: Path, limits: DeviceLimits, entries: Mapping[TileKey, Mapping[str, Any]]) -> None:

@@ -38,14 +38,14 @@ def frozen_product(
 
 @triton.jit
 def low_rank_product(
-    accumulator, term, first_row, M, first_column, N,
+    accumulator, h_ptr, term, first_row, M, first_column, N, R,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add ``h @ q`` to a tile, in chunks of the rank; ``q`` is cast to the dtype of ``h``."""
-    for r in tl.range(0, term.rank, BLOCK_R, num_stages=1):
-        h = load_tile(term.h, term.stride_hm, 1, first_row, M, r, term.rank, BLOCK_M, BLOCK_R)
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        h = load_tile(h_ptr, R, 1, first_row, M, r, R, BLOCK_M, BLOCK_R)
         q = load_tile(
-            term.q, term.stride_qr, term.stride_qn, r, term.rank, first_column, N, BLOCK_R, BLOCK_N
+            term.q, term.stride_qr, term.stride_qn, r, R, first_column, N, BLOCK_R, BLOCK_N
         )
         accumulator = dot(h, q.to(h.dtype), accumulator, PRECISION)
     return accumulator

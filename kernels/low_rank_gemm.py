@@ -1,11 +1,13 @@
-"""GEMM with a low-rank term: a frozen linear layer and its adapters, forward or backward.
+"""GEMM with a low-rank term: frozen linear layers and their adapters, forward or backward.
 
-    forward     y  = x W^T + gain * h B^T + bias
-    backward    dx = sum_g dy_g W_g + sum_g keep_g * (dh_g A_g)
+    forward     y_g = scale_g * (x W_g^T + gain_g * h_g B_g^T) + bias_g        for every sibling g
+    backward    dx  = sum_g dy_g W_g + sum_g keep_g * (dh_g A_g)
 
 Either form works without its frozen products: what the hybrid plan writes before cuBLAS adds them.
 
-Grid: persistent, one program for each processor, each walking tiles of the output.
+Grid: persistent, one program for each processor, each walking tiles of the outputs, one sibling's
+after the other's. Why siblings share a launch forward too: k and v of a grouped-query model have
+too few tiles to fill a device alone (N = 512 and M = 2048: 32 tiles of 128 x 256, 132 processors).
 Why the low-rank product comes after the loop over the depth: there its operands reuse the idle
 buffers of the pipeline. Before the loop they add 12 KiB of shared memory at rank 16 and over 100 at
 rank 256, and 128 x 256 x 64 does not launch from rank 64 on. Why it needs no buffer and no
@@ -20,7 +22,7 @@ The split at ``h`` is LoRAFusion's idea (Zhu et al., 2025, https://arxiv.org/abs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,21 +30,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dtypes import dot_precision
 from .gemm_tile import column_parts, frozen_product, low_rank_product
+from .launch import Launch, describe, form_of
+from .layout import as_rows, has_aligned_rows
 from .philox import expand_bits, load_bits, mask_kind
 from .tile_config import (
     TileConfig,
     cached_by_shape,
     device_limits,
-    has_aligned_rows,
     has_descriptors,
     padded_rank,
     tile_config_for,
 )
-from .tile_order import grouped_tile, store_tile
+from .tile_order import grouped_tile, sibling, store_tile
 
 # How much of the rank enters one product. At 64, fp32 terms need more tensor memory than sm_100
 # has, and half-precision ones spill 8 to 16 bytes a thread under autocast (sm_90).
@@ -50,12 +52,12 @@ _MAX_BLOCK_R = 32
 _MAX_FP32_BLOCK_R = 16
 
 
-# The operands of the frozen products are arguments of their own, because Triton's launcher takes no
-# descriptor inside a tuple (3.4 to 3.7); the absent ones are None.
+# The operands of the frozen products and the outputs are arguments of their own, because Triton's
+# launcher takes no descriptor inside a tuple (3.4 to 3.7); the absent ones are None.
 MAX_SIBLINGS = 4
 
 
-class _Layout(NamedTuple):
+class _Frozen(NamedTuple):
     """Strides of one frozen product ``left [M, depth] @ right``, in elements."""
 
     stride_lm: int
@@ -66,40 +68,50 @@ class _Layout(NamedTuple):
 
 
 class _LowRank(NamedTuple):
-    """One low-rank product ``h [M, R] @ q [R, N]`` and the mask on it."""
+    """The right side of one low-rank product ``h_g [M, R] @ q [R, N]``."""
 
-    h: Tensor
-    stride_hm: int
     q: Tensor
     stride_qr: int
     stride_qn: int
-    rank: int
-    mask: Tensor  # seed, bytes, or anything where MASK is "none"
-    stride_mask: int
 
 
-@triton.jit(do_not_specialize=["M", "gain", "threshold"])
+class _Output(NamedTuple):
+    """What one output needs beside the products."""
+
+    columns: int
+    gain: float
+    bias: Tensor | None = None
+    scale: Tensor | None = None  # of each column (DoRA), fp32
+    unscaled: Tensor | None = None  # [M, N], contiguous: also written, before scale and bias
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _low_rank_gemm_kernel(
-    # operands of the frozen products, of up to four siblings: descriptors or pointers
-    left_0,
-    right_0,
-    left_1,
-    right_1,
-    left_2,
-    right_2,
-    left_3,
-    right_3,
-    layouts,
-    # tensors; out and every h are contiguous
-    out,
+    # of each product and output, see the tuples above
+    frozen,
+    outputs,
     low_rank,
-    bias_ptr,
+    # tensors, contiguous
+    h_ptr,  # [siblings, M, R]
+    mask_ptr,  # a seed, or bits [siblings, M, ceil(N / 8)]
     # sizes
     M,
-    N,
-    # run-time scalars
-    gain,
+    R,
+    # run-time scalar
     threshold,
+    # operands of the frozen products, of up to four siblings, and outputs: descriptors or pointers
+    left_0,  # forward the only one
+    left_1,
+    left_2,
+    left_3,
+    right_0,
+    right_1,
+    right_2,
+    right_3,
+    out_0,
+    out_1,
+    out_2,
+    out_3,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -107,239 +119,401 @@ def _low_rank_gemm_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
-    RIGHT_IS_TRANSPOSED: tl.constexpr,
-    MASK: tl.constexpr,  # "none", "bits" or "seed"; "absent" where there is no low-rank term
+    SIBLINGS: tl.constexpr,
+    FORWARD: tl.constexpr,  # an output for each sibling; right is transposed
+    HAS_FROZEN: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "bits" or "seed"
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     PART_N: tl.constexpr = BLOCK_N // PARTS
     lefts, rights = (left_0, left_1, left_2, left_3), (right_0, right_1, right_2, right_3)
-    for tile in range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
-        row_block, column_block = grouped_tile(tile, row_blocks, column_blocks, GROUP_M)
-        first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
-        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for g in tl.static_range(len(layouts)):
-            accumulator = frozen_product(
-                accumulator, lefts[g], rights[g], layouts[g], first_row, M, first_column, N,
-                BLOCK_M, BLOCK_N, BLOCK_K, RIGHT_IS_TRANSPOSED, USE_DESCRIPTORS, PRECISION,
-            )  # fmt: skip
-        if MASK == "none":
-            if left_0 is not None:  # zeros need no division, and the term alone any gain
-                accumulator = accumulator * (1.0 / gain)
-            for g in tl.static_range(len(low_rank)):
-                accumulator = low_rank_product(
-                    accumulator, low_rank[g], first_row, M, first_column, N,
-                    BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
-                )  # fmt: skip
-            accumulator = accumulator * gain
-        parts = column_parts(accumulator, PARTS)
-        for number in tl.static_range(PARTS):
-            part = parts[number]
-            column = first_column + number * PART_N
-            if MASK == "bits" or MASK == "seed":
-                for g in tl.static_range(len(low_rank)):
-                    zeros = tl.zeros((BLOCK_M, PART_N), tl.float32)
-                    term = low_rank_product(
-                        zeros, low_rank[g], first_row, M, column, N,
-                        BLOCK_M, PART_N, BLOCK_R, PRECISION,
+    outs = (out_0, out_1, out_2, out_3)
+    first_tile = tl.program_id(0)
+    # SIBLINGS and not len(): before Triton 3.7 a tuple that holds None has no length.
+    for o in tl.static_range(SIBLINGS if FORWARD else 1):
+        output, out = outputs[o], outs[o]
+        N = output.columns
+        row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        tiles = row_blocks * column_blocks
+        for tile in range(first_tile, tiles, tl.num_programs(0)):
+            row_block, column_block = grouped_tile(tile, row_blocks, column_blocks, GROUP_M)
+            first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
+            accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for g in tl.static_range(SIBLINGS if HAS_FROZEN else 0):
+                if not FORWARD or g == o:
+                    left = left_0 if FORWARD else lefts[g]
+                    accumulator = frozen_product(
+                        accumulator, left, rights[g], frozen[g], first_row, M, first_column, N,
+                        BLOCK_M, BLOCK_N, BLOCK_K, FORWARD, USE_DESCRIPTORS, PRECISION,
                     )  # fmt: skip
-                    bits = load_bits(
-                        low_rank[g].mask, low_rank[g].stride_mask, first_row, M, column, N, g,
-                        threshold, MASK == "seed", BLOCK_M, PART_N,
-                    )  # fmt: skip
-                    keep = expand_bits(bits, BLOCK_M, PART_N)
-                    part += gain * tl.where(keep, term, 0.0)
-            if bias_ptr is not None:
+            if MASK == "none":
+                if HAS_FROZEN:  # zeros need no division, and the term alone any gain
+                    accumulator = accumulator * (1.0 / output.gain)
+                for g in tl.static_range(SIBLINGS):
+                    if not FORWARD or g == o:
+                        accumulator = low_rank_product(
+                            accumulator, sibling(h_ptr, g, M, R), low_rank[g], first_row, M,
+                            first_column, N, R, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+                        )  # fmt: skip
+                accumulator = accumulator * output.gain
+            parts = column_parts(accumulator, PARTS)
+            for number in tl.static_range(PARTS):
+                part = parts[number]
+                column = first_column + number * PART_N
+                if MASK != "none":
+                    row_bytes = tl.cdiv(N, 8)
+                    for g in tl.static_range(SIBLINGS):
+                        zeros = tl.zeros((BLOCK_M, PART_N), tl.float32)
+                        term = low_rank_product(
+                            zeros, sibling(h_ptr, g, M, R), low_rank[g], first_row, M, column, N, R,
+                            BLOCK_M, PART_N, BLOCK_R, PRECISION,
+                        )  # fmt: skip
+                        mask = mask_ptr
+                        if MASK == "bits":
+                            mask = sibling(mask_ptr, g, M, row_bytes)
+                        bits = load_bits(
+                            mask, row_bytes, first_row, M, column, N, g, threshold, MASK == "seed",
+                            BLOCK_M, PART_N,
+                        )  # fmt: skip
+                        part += tl.where(expand_bits(bits, BLOCK_M, PART_N), term, 0.0)
                 columns = column + tl.arange(0, PART_N)
-                bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
-                part += bias.to(tl.float32)[None, :]
-            if USE_DESCRIPTORS:
-                out.store([first_row, column], part.to(out.dtype))
-            else:
-                store_tile(out, N, 1, first_row, M, column, N, part, BLOCK_M, PART_N)
+                if output.unscaled is not None:
+                    store_tile(
+                        output.unscaled, N, 1, first_row, M, column, N, part, BLOCK_M, PART_N
+                    )
+                if output.scale is not None:
+                    scale = tl.load(output.scale + columns, mask=columns < N, other=0.0)
+                    part *= scale.to(tl.float32)[None, :]
+                if output.bias is not None:
+                    bias = tl.load(output.bias + columns, mask=columns < N, other=0.0)
+                    part += bias.to(tl.float32)[None, :]
+                if USE_DESCRIPTORS:
+                    out.store([first_row, column], part.to(out.dtype))
+                else:
+                    store_tile(out, N, 1, first_row, M, column, N, part, BLOCK_M, PART_N)
+        # The next output's tiles go on where this one's ended: no program takes two more than
+        # another.
+        first_tile = (first_tile + tl.num_programs(0) - tiles % tl.num_programs(0)) % (
+            tl.num_programs(0)
+        )
 
 
 def low_rank_gemm(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     h: Tensor,
-    lora_b: Tensor,
-    gain: float,
+    lora_bs: Sequence[Tensor],
+    gains: Sequence[float],
     *,
     aligned: bool | None = None,
-    out: Tensor | None = None,
     config: TileConfig | None = None,
-) -> Tensor:
-    """Launch the forward form: ``y = x weight^T + gain * h lora_b^T + bias``, rounded once.
+) -> list[Tensor]:
+    """Launch the forward form: ``y_g = x weight_g^T + gain_g * h_g lora_b_g^T + bias_g``.
 
     Args:
-        x: ``[M, K]`` in the dtype of ``weight``, any strides.
-        weight: ``[N, K]``, any strides.
-        bias: ``[N]``, contiguous, or ``None``.
-        h: ``[M, R]``, rows contiguous, in the dtype of the low-rank product.
-        lora_b: ``[N, R]``, any strides and float dtype.
-        gain: factor of the low-rank term; 0 leaves it out. Its inverse must be an fp32 number.
-        aligned: what ``has_aligned_rows`` says of x, weight and the result, if the caller knows.
-        out: the result if the caller has made it: ``[..., N]``, contiguous, M rows in all.
+        x: ``[M, K]`` in the dtype of the weights, any strides.
+        weights: for each sibling, at most four, ``[N_g, K]``, any strides.
+        biases: for each ``[N_g]``, contiguous, or ``None``.
+        h: ``[S, M, R]`` of S siblings, contiguous, in the dtype of the low-rank product.
+        lora_bs: for each ``[N_g, R]``, any strides and float dtype.
+        gains: for each the factor of its low-rank term, whose inverse must be an fp32 number.
+        aligned: what ``has_aligned_rows`` says of x, weights and results, if the caller knows.
         config: the tile; by default the tuned one, or one that runs everywhere.
 
     Returns:
-        ``[M, N]`` in the dtype of ``weight``.
+        For each ``[M, N_g]`` in the dtype of the weights, rounded once.
     """
-    y = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
-    terms, kind, rank = (), "absent", lora_b.shape[1]
-    if gain:
-        stride_bn, stride_br = lora_b.stride()
-        terms = (_LowRank(h, h.stride(0), lora_b, stride_br, stride_bn, rank, h, 0),)
-        kind = "none"
-    _launch(y, (x,), (weight,), terms, bias, gain, 0, True, rank, kind, aligned, config)
-    return y
+    ys = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
+    run = prepare_low_rank_gemm(
+        x, weights, biases, lora_bs, gains, rank_dtype=h.dtype, aligned=aligned, config=config
+    )
+    run(x, h, ys)
+    return ys
+
+
+def prepare_low_rank_gemm(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor],
+    gains: Sequence[float],
+    *,
+    rank_dtype: torch.dtype,
+    aligned: bool | None = None,
+    config: TileConfig | None = None,
+) -> Callable[[Tensor, Tensor, Sequence[Tensor]], None]:
+    """Return ``low_rank_gemm`` for these weights, as a function of ``x``, ``h`` and the results.
+
+    It may be called with any ``x`` that is laid out in memory as this one. The results are
+    contiguous, of any leading dimensions.
+    """
+    if aligned is None:
+        widths = [weight.shape[0] for weight in weights]
+        aligned = _are_aligned(x.dtype, widths, (x, *weights))
+    run = _prepare(
+        [x], weights, _outputs(weights, biases, gains), _terms(lora_bs), as_rows(x)[0],
+        device=x.device, rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
+    )  # fmt: skip
+    return lambda x, h, ys: run((x,), h, None, ys)
+
+
+def prepare_scaled_gemm(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor],
+    gains: Sequence[float],
+    *,
+    rank_dtype: torch.dtype,
+    aligned: bool | None = None,
+    config: TileConfig | None = None,
+) -> Callable[..., None]:
+    """Return the forward form with scaled columns, as a function of what a call brings.
+
+        y_g = scale_g * (x weight_g^T + gain_g * h_g lora_b_g^T) + bias_g
+
+    That is of ``x``, ``h``, the results, for each a scale ``[N_g]`` (fp32, contiguous), and for
+    each where to write the result without scale and bias as well, or ``None`` for all (see
+    ``prepare_low_rank_gemm`` for the rest).
+    """
+    if aligned is None:
+        aligned = _are_aligned(x.dtype, [weight.shape[0] for weight in weights], (x, *weights))
+    outputs = _outputs(weights, biases, gains)
+    run = _prepare(
+        [x], weights, outputs, _terms(lora_bs), as_rows(x)[0], device=x.device,
+        rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
+    )  # fmt: skip
+
+    def run_scaled(
+        x: Tensor,
+        h: Tensor,
+        ys: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        unscaled: Sequence[Tensor] | None,
+    ) -> None:
+        kept: Sequence[Tensor | None] = unscaled or [None] * len(scales)
+        each = zip(outputs, scales, kept, strict=True)
+        scaled = tuple([output._replace(scale=c, unscaled=u) for output, c, u in each])
+        run((x,), h, None, ys, scaled)
+
+    return run_scaled
 
 
 def low_rank_term(
     h: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gain: float,
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gains: Sequence[float],
     *,
     dtype: torch.dtype,
-    out: Tensor | None = None,
     config: TileConfig | None = None,
-) -> Tensor:
-    """Launch the forward form without a frozen product: ``gain * h lora_b^T + bias``, rounded once.
+) -> list[Tensor]:
+    """Launch the forward form without frozen products: ``gain_g * h_g lora_b_g^T + bias_g``.
 
     Args:
-        h: ``[M, R]``, rows contiguous, in the dtype of the product.
-        lora_b: ``[N, R]``, any strides and float dtype.
-        bias: ``[N]``, contiguous, or ``None``.
-        gain: factor of the product, any number.
-        dtype: of the result.
-        out: the result if the caller has made it: ``[..., N]``, contiguous, M rows in all.
+        h: ``[S, M, R]`` of S siblings, contiguous, in the dtype of the product.
+        lora_bs: for each sibling ``[N_g, R]``, any strides and float dtype.
+        biases: for each ``[N_g]``, contiguous, or ``None``.
+        gains: for each the factor of its product, any number.
+        dtype: of the results.
         config: the tile; by default the tuned one, or one that runs everywhere.
 
     Returns:
-        ``[M, N]``, contiguous.
+        For each ``[M, N_g]``, contiguous, rounded once.
     """
-    y = h.new_empty((h.shape[0], lora_b.shape[0]), dtype=dtype) if out is None else out
-    rank, (stride_bn, stride_br) = lora_b.shape[1], lora_b.stride()
-    terms = (_LowRank(h, h.stride(0), lora_b, stride_br, stride_bn, rank, h, 0),)
-    _launch(y, (), (), terms, bias, gain, 0, True, rank, "none", None, config)
-    return y
+    ys = [h.new_empty((h.shape[1], lora_b.shape[0]), dtype=dtype) for lora_b in lora_bs]
+    run = prepare_low_rank_term(
+        lora_bs, biases, gains, m=h.shape[1], dtype=dtype, rank_dtype=h.dtype, config=config
+    )
+    run(h, ys)
+    return ys
+
+
+def prepare_low_rank_term(
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gains: Sequence[float],
+    *,
+    m: int,
+    dtype: torch.dtype,
+    rank_dtype: torch.dtype,
+    config: TileConfig | None = None,
+) -> Callable[[Tensor, Sequence[Tensor]], None]:
+    """Return ``low_rank_term`` for these adapters, as a function of ``h`` and the results."""
+    aligned = _are_aligned(dtype, [lora_b.shape[0] for lora_b in lora_bs])
+    run = _prepare(
+        [], [], _outputs(lora_bs, biases, gains), _terms(lora_bs), m, device=lora_bs[0].device,
+        rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
+    )  # fmt: skip
+    return lambda h, ys: run((), h, None, ys)
 
 
 def input_grad(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor],
-    dhs: Sequence[Tensor],
+    dh: Tensor,
     lora_as: Sequence[Tensor],
-    mask: Sequence[Tensor] | Tensor | None = None,
+    mask: Tensor | None = None,
     threshold: int = 0,
     *,
     grad_dtype: torch.dtype,
     aligned: bool | None = None,
-    out: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
     """Launch the backward form: ``dx = sum_g dy_g weight_g + sum_g keep_g * (dh_g lora_a_g)``.
 
     Args:
-        dys: for each adapter, at most four, ``[M, N_g]`` in the dtype of the weights, any strides;
+        dys: for each sibling, at most four, ``[M, N_g]`` in the dtype of the weights, any strides;
             may be empty, with ``weights``, which leaves the low-rank terms alone.
-        weights: for each adapter ``[N_g, K]``, any strides.
-        dhs: for each adapter ``[M, R_g]``, rows contiguous.
-        lora_as: for each adapter ``[R_g, K]``, any strides and float dtype.
-        mask: for each adapter uint8 bits ``[M, ceil(K / 8)]``; or a seed (one int64), of which
-            adapter g draws stream g; or ``None``: no dropout.
+        weights: for each sibling ``[N_g, K]``, any strides.
+        dh: ``[S, M, R]`` of S siblings, contiguous.
+        lora_as: for each sibling ``[R, K]``, any strides and float dtype.
+        mask: uint8 bits ``[S, M, ceil(K / 8)]``, contiguous; or a seed (one int64), of which
+            sibling g draws stream g; or ``None``: no dropout.
         threshold: ``round(p * 65536)``; only a seed needs it.
         grad_dtype: of the result.
         aligned: what ``has_aligned_rows`` says of the dys, weights and the result, if known.
-        out: the result if the caller has made it: ``[..., K]``, contiguous, M rows in all.
         config: the tile; by default the tuned one, or one that runs everywhere.
 
     Returns:
         ``[M, K]`` in ``grad_dtype``.
     """
-    dx = out
-    if dx is None:
-        dx = dhs[0].new_empty((dhs[0].shape[0], lora_as[0].shape[1]), dtype=grad_dtype)
-    terms, largest = (), 0
-    for g, (dh, a) in enumerate(zip(dhs, lora_as, strict=True)):
-        rank, stride_ar, stride_ak = a.shape[0], *a.stride()
-        largest = max(largest, rank)
-        keep, stride_mask = dh, 0
-        if isinstance(mask, Tensor):
-            keep = mask
-        elif mask is not None:
-            keep = mask[g]
-            stride_mask = keep.stride(0)
-        terms += (_LowRank(dh, dh.stride(0), a, stride_ar, stride_ak, rank, keep, stride_mask),)
-    assert len(dys) <= MAX_SIBLINGS, f"{len(dys)} siblings, at most {MAX_SIBLINGS}"
-    kind = mask_kind(mask)
-    _launch(dx, dys, weights, terms, None, 1.0, threshold, False, largest, kind, aligned, config)
+    dx = dh.new_empty((dh.shape[1], lora_as[0].shape[1]), dtype=grad_dtype)
+    run = prepare_input_grad(
+        dys, weights, lora_as, mask_kind(mask), threshold, m=dh.shape[1], rank_dtype=dh.dtype,
+        grad_dtype=grad_dtype, aligned=aligned, config=config,
+    )  # fmt: skip
+    run(dys, dh, mask, dx)
     return dx
 
 
-def _launch(
-    out: Tensor,
+def prepare_input_grad(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    mask: str,
+    threshold: int,
+    *,
+    m: int,
+    rank_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    aligned: bool | None = None,
+    config: TileConfig | None = None,
+) -> Callable[[Sequence[Tensor], Tensor, Tensor | None, Tensor], None]:
+    """Return ``input_grad`` for these weights, as a function of dys, ``dh``, mask and the result.
+
+    It may be called with any dys that are laid out in memory as these. The result is contiguous, of
+    any leading dimensions.
+    """
+    k = lora_as[0].shape[1]
+    if aligned is None:
+        aligned = _are_aligned(grad_dtype, [k], (*dys, *weights))
+    terms = tuple([_LowRank(a, *a.stride()) for a in lora_as])
+    run = _prepare(
+        dys, weights, (_Output(k, 1.0),), terms, m, mask, threshold,
+        device=lora_as[0].device, rank_dtype=rank_dtype, forward=False, aligned=aligned,
+        config=config,
+    )  # fmt: skip
+    return lambda dys, dh, mask, dx: run(dys, dh, mask, (dx,))
+
+
+def _terms(lora_bs: Sequence[Tensor]) -> tuple[_LowRank, ...]:
+    return tuple([_LowRank(b, *reversed(b.stride())) for b in lora_bs])
+
+
+def _outputs(
+    matrices: Sequence[Tensor], biases: Sequence[Tensor | None], gains: Sequence[float]
+) -> tuple[_Output, ...]:
+    triples = zip(matrices, biases, gains, strict=True)
+    return tuple([_Output(matrix.shape[0], gain, bias) for matrix, bias, gain in triples])
+
+
+def _are_aligned(
+    dtype: torch.dtype, widths: Sequence[int], operands: Sequence[Tensor] = ()
+) -> bool:
+    """Return whether results of these widths, and the operands, can be moved in whole vectors."""
+    rows = all(width * dtype.itemsize % 16 == 0 for width in widths)
+    return rows and all(map(has_aligned_rows, operands))
+
+
+def _prepare(
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
+    outputs: tuple[_Output, ...],
     terms: tuple[_LowRank, ...],
-    bias: Tensor | None,
-    gain: float,
-    threshold: int,
+    m: int,
+    mask: str = "none",
+    threshold: int = 0,
+    *,
+    device: torch.device,
+    rank_dtype: torch.dtype,
     forward: bool,
-    rank: int,
-    mask: str,
-    aligned: bool | None,
+    aligned: bool,
     config: TileConfig | None,
-) -> None:
-    n = out.shape[-1]
-    m = (terms[0].h if terms else lefts[0]).shape[0]
-    if m == 0:
-        return
-    if aligned is None:
-        rows_of_out = out.element_size() * n % 16 == 0 and out.data_ptr() % 16 == 0
-        aligned = rows_of_out and all(map(has_aligned_rows, (*lefts, *rights)))
-    h_dtype = terms[0].h.dtype if terms else out.dtype
-    dtype, depth, layouts = h_dtype, 0, ()
-    for left, right in zip(lefts, rights, strict=True):
-        (stride_lm, stride_lk), (stride_rn, stride_rk) = left.stride(), right.stride()
-        if not forward:
-            stride_rn, stride_rk = stride_rk, stride_rn
-        dtype, width = left.dtype, left.shape[1]
-        layouts += (_Layout(stride_lm, stride_lk, stride_rn, stride_rk, width),)
-        depth += width
-    fp32_term = h_dtype == torch.float32
-    precision = dot_precision(torch.float32 if fp32_term else dtype)
-    grid, described, out_tile, left_tile, right_tile, constants = _settings(
+) -> Callable[..., None]:
+    """Return the launch as a function of the left operands, ``h``, the mask and the results.
+
+    And of outputs that differ from the given ones in their scales.
+    """
+    assert len(terms) <= MAX_SIBLINGS, f"{len(terms)} siblings, at most {MAX_SIBLINGS}"
+    layouts = [as_rows(left) for left in lefts]
+    frozen: tuple[_Frozen, ...] = ()
+    for g, right in enumerate(rights):
+        _, depth, stride_lm, stride_lk = layouts[0 if forward else g]
+        stride_rn, stride_rk = right.stride() if forward else reversed(right.stride())
+        frozen += (_Frozen(stride_lm, stride_lk, stride_rn, stride_rk, depth),)
+    rank = terms[0].q.shape[0 if not forward else 1]
+    ns = tuple([output.columns for output in outputs])
+    dtype = lefts[0].dtype if lefts else rank_dtype
+    grid, described, tiles, constants = _settings(
         config,
-        out.device,
+        device,
         dtype,
         m,
-        n,
-        depth,
+        ns,
+        sum(depth for _, depth, *_ in layouts),
         rank,
         len(terms),
         forward,
         mask,
         aligned,
-        fp32_term,
-        precision,
+        rank_dtype == torch.float32,
+        dot_precision(torch.float32 if rank_dtype == torch.float32 else dtype),
     )
-    sources: list[Any] = [None] * (2 * MAX_SIBLINGS)
-    sources[0 : 2 * len(lefts) : 2] = lefts
-    sources[1 : 2 * len(lefts) : 2] = rights
-    target: Any = out
+    out_tile, left_tile, right_tile = tiles
+    sources: list[Any] = list(rights)
     if described:
-        for g in range(0, 2 * len(lefts), 2):
-            sources[g] = _describe(sources[g], left_tile)
-            sources[g + 1] = _describe(sources[g + 1], right_tile)
-        target = _descriptor(out, [m, n], [n, 1], out_tile)
-    _low_rank_gemm_kernel[grid](
-        *sources, layouts, target, terms, bias, m, n, gain, threshold, **constants
-    )
+        sources = []
+        for right in rights:
+            rows, columns, *strides = as_rows(right)
+            sources.append(describe(right, form_of(rows, columns, strides, right_tile)))
+    left_forms = [form_of(rows, columns, strides, left_tile) for rows, columns, *strides in layouts]
+    out_forms = [form_of(m, n, (n, 1), out_tile) for n in ns]
+    # What stands between the left operands and the outputs, and what comes after them.
+    between = (*[None] * (MAX_SIBLINGS - len(lefts)), *sources)
+    between += (None,) * (MAX_SIBLINGS - len(sources))
+    after = (None,) * (MAX_SIBLINGS - len(ns))
+    launch = Launch(_low_rank_gemm_kernel, grid, constants)
+
+    def run(
+        lefts: Sequence[Any],
+        h: Tensor,
+        mask: Tensor | None,
+        outs: Sequence[Any],
+        outputs: tuple[_Output, ...] = outputs,
+    ) -> None:
+        if described:
+            lefts = list(map(describe, lefts, left_forms))
+            outs = list(map(describe, outs, out_forms))
+        launch(frozen, outputs, terms, h, mask, m, rank, threshold, *lefts, *between, *outs, *after)
+
+    return run if m else _nothing
+
+
+def _nothing(*operands: Any) -> None:
+    """Compute the result of no rows."""
 
 
 @cached_by_shape
@@ -348,7 +522,7 @@ def _settings(
     device: torch.device,
     dtype: torch.dtype,
     m: int,
-    n: int,
+    ns: tuple[int, ...],
     depth: int,
     rank: int,
     siblings: int,
@@ -357,13 +531,13 @@ def _settings(
     aligned: bool,
     fp32_term: bool,
     precision: str,
-) -> tuple[tuple[int], bool, list[int], list[int], list[int], dict[str, Any]]:
+) -> tuple[tuple[int], bool, tuple[list[int], list[int], list[int]], dict[str, Any]]:
     """Return what a launch is made of.
 
-    The grid, whether tiles are copied by descriptors, the tiles of the result and of the two
+    The grid, whether tiles are copied by descriptors, the tiles of the results and of the two
     operands, and the kernel's compile-time arguments.
     """
-    limits = device_limits(device)
+    limits, n = device_limits(device), sum(ns)
     half = dtype != torch.float32
     if config is None:
         config = tile_config_for(
@@ -374,7 +548,7 @@ def _settings(
             n=n if forward else depth,
             k=depth if forward else n,
             r=rank,
-            siblings=max(1, siblings),
+            siblings=siblings,
             wide_rank=fp32_term and half,
             aligned=aligned,
         )
@@ -387,7 +561,7 @@ def _settings(
         precision = "tf32x3"
     # One program fills a processor, but for the low-rank term alone: small tiles without a
     # pipeline.
-    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    tiles = sum(-(-m // config.block_m) * -(-n // config.block_n) for n in ns)
     described = aligned and has_descriptors(limits)
     constants = {
         "BLOCK_M": config.block_m,
@@ -396,42 +570,18 @@ def _settings(
         "BLOCK_R": min(_MAX_FP32_BLOCK_R if fp32_term else _MAX_BLOCK_R, padded_rank(rank)),
         "GROUP_M": config.group_m,
         "PARTS": config.parts,
-        "RIGHT_IS_TRANSPOSED": forward,
+        "SIBLINGS": siblings,
+        "FORWARD": forward,
+        "HAS_FROZEN": depth > 0,
         "MASK": mask,
         "USE_DESCRIPTORS": described,
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return (
-        (min(tiles, limits.processors * (1 if depth else 8)),),
-        described,
+    blocks = (
         [config.block_m, config.block_n // config.parts],
         [config.block_m, config.block_k],
         [config.block_n, config.block_k] if forward else [config.block_k, config.block_n],
-        constants,
     )
-
-
-def _describe(matrix: Tensor, tile: list[int]) -> TensorDescriptor:
-    """Return ``TensorDescriptor.from_tensor(matrix, tile)`` of a matrix with aligned rows."""
-    return _descriptor(matrix, list(matrix.shape), list(matrix.stride()), tile)
-
-
-def _descriptor(
-    tensor: Tensor, shape: list[int], strides: list[int], tile: list[int]
-) -> TensorDescriptor:
-    """Return a descriptor without its own checks, which ``has_aligned_rows`` has made.
-
-    They take 1.5 us of the host's time each, and a forward has three.
-    """
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.__dict__.update(
-        base=tensor,
-        shape=shape,
-        strides=strides,
-        block_shape=tile,
-        padding="zero",
-        round_f32_to_tf32=False,
-    )
-    return descriptor
+    return (min(tiles, limits.processors * (1 if depth else 8)),), described, blocks, constants

@@ -9,11 +9,14 @@ the sum is that of the splits: same inputs, same bits, always.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import Launch
 
 _BLOCK = 1024
 # Four elements a thread. With eight, the four sums of two siblings spill 8 bytes a thread on sm_90:
@@ -22,48 +25,52 @@ _WARPS = 8
 
 
 class PartialSum(NamedTuple):
-    """One sum: ``[splits, rows, columns]``, contiguous somewhere in a scratch tensor, into ``out``.
+    """One sum: ``[splits, rows, columns]``, contiguous somewhere in a scratch tensor."""
 
-    The sizes are given as numbers, because those who launch know them for each shape: reading one
-    from a tensor takes 0.1 to 0.3 us of the host's time.
-    """
-
-    partials: Tensor  # fp32
-    out: Tensor  # any dtype
     gain: float
-    first: int  # the element of partials at which the sum begins
+    first: int  # the element of the scratch at which it begins
     splits: int
     rows: int
     columns: int
-    stride_row: int  # of out, in elements
+    stride_row: int  # of the result, in elements
     stride_column: int
+    first_of_out: int = 0  # the element of the result's tensor at which it begins
 
 
 @triton.jit
-def _add_partials_kernel(sums, BLOCK: tl.constexpr):
+def _add_partials_kernel(
+    scratch_ptr,  # fp32
+    outs,  # of each sum its result, in any dtype
+    sums,
+    BLOCK: tl.constexpr,
+):
     for number in tl.static_range(len(sums)):
         if tl.program_id(1) == number:
-            job = sums[number]
+            job, out = sums[number], outs[number]
             # A result has less than 2**31 elements (rank 256, 8 million rows); all its partials
             # together may have more.
             elements = job.rows * job.columns
             index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
             inside = index < elements
-            first = job.partials + tl.cast(job.first, tl.int64)
+            first = scratch_ptr + tl.cast(job.first, tl.int64)
             total = tl.zeros((BLOCK,), tl.float32)
             for split in range(job.splits):
                 partial = first + tl.cast(split, tl.int64) * elements
                 total += tl.load(partial + index, mask=inside, other=0.0)
             offsets = (index // job.columns) * job.stride_row
             offsets += (index % job.columns) * job.stride_column
-            value = (total * job.gain).to(job.out.dtype.element_ty)
-            tl.store(job.out + offsets, value, mask=inside)
+            value = (total * job.gain).to(out.dtype.element_ty)
+            tl.store(out + tl.cast(job.first_of_out, tl.int64) + offsets, value, mask=inside)
 
 
-def add_partials(sums: tuple[PartialSum, ...]) -> None:
-    """Launch all the sums at once; see the module's formula."""
-    elements = 0
-    for job in sums:
-        elements = max(elements, job.rows * job.columns)
+def prepare_sums(sums: Sequence[PartialSum]) -> Callable[[Tensor, tuple[Tensor, ...]], None]:
+    """Return a function of the scratch and of the results that launches all the sums at once."""
+    elements = max(job.rows * job.columns for job in sums)
     grid = (-(-elements // _BLOCK), len(sums))
-    _add_partials_kernel[grid](sums, BLOCK=_BLOCK, num_warps=_WARPS)
+    launch = Launch(_add_partials_kernel, grid, {"BLOCK": _BLOCK, "num_warps": _WARPS})
+    jobs = tuple(sums)
+
+    def run(scratch: Tensor, outs: tuple[Tensor, ...]) -> None:
+        launch(scratch, outs, jobs)
+
+    return run

@@ -11,16 +11,15 @@ or loaded, so that the two cannot differ: 10 instructions an element when drawn,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-def mask_kind(mask: Sequence[Tensor] | Tensor | None) -> str:
-    """Return the kernels' MASK: bits are a list, one for each sibling; a seed is one tensor."""
-    return "none" if mask is None else "seed" if isinstance(mask, Tensor) else "bits"
+def mask_kind(mask: Tensor | None) -> str:
+    """Return the kernels' MASK: bits of every sibling are bytes, a seed is one int64."""
+    return "none" if mask is None else "bits" if mask.dtype == torch.uint8 else "seed"
 
 
 @triton.jit

@@ -11,8 +11,7 @@ order, never by atomics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import dot, dot_precision, triton_dtype
-from .partial_sums import PartialSum, add_partials
+from .launch import Launch
+from .layout import allocator, as_rows
+from .partial_sums import PartialSum, prepare_sums
 from .philox import expand_bits, load_bits
 from .tile_config import (
     TileConfig,
@@ -31,7 +32,7 @@ from .tile_config import (
     tile_config_for,
     with_stages_that_fit,
 )
-from .tile_order import load_tile, store_tile
+from .tile_order import load_tile, sibling, store_tile
 
 
 class _Adapter(NamedTuple):
@@ -40,23 +41,22 @@ class _Adapter(NamedTuple):
     a: Tensor  # [R, K], any strides
     stride_ar: int
     stride_ak: int
-    rank: int
-    h: Tensor  # [M, R], or the scratch of all adapters' partial results
-    first: int  # the element of the scratch at which this adapter's [splits, M, R] begin
-    bits: Tensor  # [M, ceil(K / 8)] uint8, or anything if they are not written
 
 
 @triton.jit(do_not_specialize=["M", "gain", "threshold"])
 def _shrink_kernel(
-    # tensors
+    # tensors; results are contiguous
     x_ptr,
     seed_ptr,  # one int64; None without dropout
+    h_ptr,  # [splits, siblings, M, R]
+    bits_ptr,  # [siblings, M, ceil(K / 8)] uint8; None if they are not written
     adapters,
     # sizes
     M,
     K,
+    R,
     columns_per_split,
-    # strides, in elements; results and partial results are contiguous
+    # strides, in elements
     stride_xm,
     stride_xk,
     # run-time scalars
@@ -68,8 +68,6 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     RANK_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    WRITE_BITS: tl.constexpr,
 ):
     first_row = tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
@@ -86,19 +84,19 @@ def _shrink_kernel(
         for g in tl.static_range(len(adapters)):
             adapter = adapters[g]
             kept = x
-            if HAS_DROPOUT:
+            if seed_ptr is not None:
                 bits = load_bits(
                     seed_ptr, 0, first_row, M, column, K, g, threshold, True, BLOCK_M, BLOCK_K
                 )
                 kept = tl.where(expand_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
-                if WRITE_BITS:
+                if bits_ptr is not None:
                     row_bytes = tl.cdiv(K, 8)
                     store_tile(
-                        adapter.bits, row_bytes, 1, first_row, M, column // 8, row_bytes, bits,
-                        BLOCK_M, BLOCK_K // 8,
+                        sibling(bits_ptr, g, M, row_bytes), row_bytes, 1, first_row, M,
+                        column // 8, row_bytes, bits, BLOCK_M, BLOCK_K // 8,
                     )  # fmt: skip
             a_t = load_tile(
-                adapter.a, adapter.stride_ak, adapter.stride_ar, column, K, zero, adapter.rank,
+                adapter.a, adapter.stride_ak, adapter.stride_ar, column, K, zero, R,
                 BLOCK_K, BLOCK_R,
             )  # fmt: skip
             a_t = a_t.to(RANK_DTYPE)
@@ -106,10 +104,8 @@ def _shrink_kernel(
             updated = updated + (accumulator,)
         accumulators = updated
     for g in tl.static_range(len(adapters)):
-        adapter = adapters[g]
-        offset = tl.cast(adapter.first, tl.int64) + split.to(tl.int64) * adapter.rank * M
         store_tile(
-            adapter.h + offset, adapter.rank, 1, first_row, M, zero, adapter.rank,
+            sibling(h_ptr, split * len(adapters) + g, M, R), R, 1, first_row, M, zero, R,
             accumulators[g] * gain, BLOCK_M, BLOCK_R,
         )  # fmt: skip
 
@@ -124,12 +120,13 @@ def shrink(
     return_bits: bool = False,
     gain: float = 1.0,
     config: TileConfig | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor | None]:
     """Launch the shrink kernel: ``h_g = gain * (keep_g * x) A_g^T`` for every adapter g.
 
     Args:
-        x: ``[M, K]``, any strides and float dtype; cast to ``rank_dtype`` as it is loaded.
-        lora_as: for each adapter ``[R_g, K]``, any strides and float dtype, likewise.
+        x: ``[M, K]``, any strides, or ``[..., K]``, contiguous; any float dtype, cast to
+            ``rank_dtype`` as it is loaded.
+        lora_as: for each adapter ``[R, K]``, any strides and float dtype, likewise.
         seed: of dropout, one int64 on the device, of which adapter g draws stream g; ``None``: no
             dropout.
         threshold: ``round(p * 65536)``.
@@ -139,43 +136,81 @@ def shrink(
         config: the tile; by default the tuned one, or one that runs everywhere.
 
     Returns:
-        For each adapter ``h_g [M, R_g]``, and for each ``bits_g [M, ceil(K / 8)]`` uint8 (an empty
-        list unless ``return_bits``).
+        ``h [S, M, R]`` for S adapters, and ``bits [S, M, ceil(K / 8)]`` uint8 (``None`` unless
+        ``return_bits``).
     """
-    m, k = x.shape
     dropped = seed is not None
-    write_bits = return_bits and dropped
-    hs, bits, ranks = [], [], ()
-    for a in lora_as:
-        rank = a.shape[0]
-        ranks += (rank,)
-        hs.append(x.new_empty((m, rank), dtype=rank_dtype))
-        if write_bits:
-            bits.append(x.new_empty((m, -(-k // 8)), dtype=torch.uint8))
+    launch = prepare_shrink(
+        x,
+        lora_as,
+        threshold,
+        dropped=dropped,
+        rank_dtype=rank_dtype,
+        return_bits=return_bits and dropped,
+        gain=gain,
+        config=config,
+    )
+    return launch(x, seed)
+
+
+def prepare_shrink(
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    threshold: int = 0,
+    *,
+    dropped: bool,
+    rank_dtype: torch.dtype,
+    return_bits: bool,
+    gain: float = 1.0,
+    config: TileConfig | None = None,
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Return ``shrink`` for these adapters, as a function of ``x`` and the seed alone.
+
+    It may be called with any ``x`` that is laid out in memory as this one.
+    """
+    m, k, stride_xm, stride_xk = as_rows(x)
+    siblings, rank = len(lora_as), lora_as[0].shape[0]
+    assert all(a.shape[0] == rank for a in lora_as), "siblings of different ranks"
+    grid, columns, constants = _settings(
+        config,
+        x.device,
+        x.dtype,
+        lora_as[0].dtype,
+        rank_dtype,
+        m,
+        k,
+        rank,
+        siblings,
+        dot_precision(rank_dtype),
+    )
+    splits = grid[1]
+    launch = Launch(_shrink_kernel, grid, constants)
+    adapters = tuple([_Adapter(a, *a.stride()) for a in lora_as])
+    scalars = (adapters, m, k, rank, columns, stride_xm, stride_xk, gain, threshold)
+    device, shape = x.device, (siblings, m, rank)
+    new_h = allocator(shape, rank_dtype, device)
+    new_bits = allocator((siblings, m, -(-k // 8)), torch.uint8, device) if return_bits else None
     if m == 0:
-        return hs, bits
-    dtypes = (x.dtype, lora_as[0].dtype, rank_dtype)
-    precision = dot_precision(rank_dtype)
-    grid, columns, scratch_size, firsts, constants = _settings(
-        config, x.device, *dtypes, m, k, ranks, dropped, write_bits, precision
-    )
-    scratch = x.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
-    adapters, sums = (), ()
-    for g, a in enumerate(lora_as):
-        h, rank, first = hs[g], ranks[g], firsts[g]
-        target = h if scratch is None else scratch
-        stride_ar, stride_ak = a.stride()
-        adapters += (
-            _Adapter(a, stride_ar, stride_ak, rank, target, first, bits[g] if write_bits else h),
-        )
-        if scratch is not None:
-            sums += (PartialSum(scratch, h, 1.0, first, grid[1], m, rank, rank, 1),)
-    _shrink_kernel[grid](
-        x, seed, adapters, m, k, columns, *x.stride(), gain, threshold, **constants
-    )
-    if sums:
-        add_partials(sums)
-    return hs, bits
+        return lambda x, seed: (new_h(), None if new_bits is None else new_bits())
+
+    def run(x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        h, bits = new_h(), None if new_bits is None else new_bits()
+        launch(x, seed, h, bits, *scalars)
+        return h, bits
+
+    if splits == 1:
+        return run
+    new_scratch = allocator((splits, *shape), torch.float32, device)
+    add = prepare_sums([PartialSum(1.0, 0, splits, siblings * m, rank, rank, 1)])
+
+    def run_split(x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        h, bits = new_h(), None if new_bits is None else new_bits()
+        scratch = new_scratch()
+        launch(x, seed, scratch, bits, *scalars)
+        add(scratch, (h,))
+        return h, bits
+
+    return run_split
 
 
 @cached_by_shape
@@ -187,17 +222,11 @@ def _settings(
     rank_dtype: torch.dtype,
     m: int,
     k: int,
-    ranks: tuple[int, ...],
-    has_dropout: bool,
-    write_bits: bool,
+    rank: int,
+    siblings: int,
     precision: str,
-) -> tuple[tuple[int, int], int, int, tuple[int, ...], dict[str, Any]]:
-    """Return what a launch is made of.
-
-    The grid, the columns of one split, the elements of the scratch (0 without splits), where each
-    adapter's begin, and the kernel's compile-time arguments.
-    """
-    rank, siblings = max(ranks), len(ranks)
+) -> tuple[tuple[int, int], int, dict[str, Any]]:
+    """Return the grid, the columns of one split, and the kernel's compile-time arguments."""
     block_r = padded_rank(rank)
     config = config or tile_config_for(
         "shrink", device, rank_dtype, m, k=k, r=rank, siblings=siblings
@@ -207,20 +236,13 @@ def _settings(
     kept_bytes = config.block_m * config.block_k * rank_dtype.itemsize
     config = with_stages_that_fit(config, device_limits(device), stage_bytes, kept_bytes)
     columns = -(-k // (config.splits * config.block_k)) * config.block_k
-    splits = -(-k // columns)
-    *firsts, size = accumulate((splits * m * each for each in ranks), initial=0)
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": block_r,
         "RANK_DTYPE": triton_dtype(rank_dtype),
         "PRECISION": precision,
-        "HAS_DROPOUT": has_dropout,
-        "WRITE_BITS": write_bits,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    grid = (-(-m // config.block_m), splits)
-    if splits == 1:
-        return grid, columns, 0, (0,) * siblings, constants
-    return grid, columns, size, tuple(firsts), constants
+    return (-(-m // config.block_m), -(-k // columns)), columns, constants

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 TUNED = Path(__file__).parent / "tuned"
 # Rows of a batch are tuned at these sizes. A call takes the nearest one that is not smaller, or the
@@ -166,6 +165,8 @@ def default_tile(
         aligned: rows start on 16-byte boundaries.
     """
     wide, rank = dtype == torch.float32, padded_rank(r)
+    if operation == "low_rank_gemm":
+        siblings = 1  # one after the other: a tile belongs to one of them
     depth = {"low_rank_gemm": k, "input_grad": n}.get(operation)
     if depth == 0:  # the low-rank term alone: bound by its store
         if siblings > 3:  # 32 x 64 spills 8 to 16 bytes a thread (sm_89, sm_120)
@@ -437,19 +438,4 @@ def tile_config_for(
         siblings=siblings,
         wide_rank=wide_rank,
         aligned=aligned,
-    )
-
-
-def has_aligned_rows(matrix: Tensor) -> bool:
-    """Return whether rows are contiguous, apart from each other, and start on 16-byte boundaries.
-
-    What whole vectors, and the tensor memory accelerator, need. The rows of an expanded gradient
-    (stride 0) are not apart.
-    """
-    row, column = matrix.stride()
-    return (
-        column == 1
-        and row >= matrix.shape[1]
-        and row * matrix.element_size() % 16 == 0
-        and matrix.data_ptr() % 16 == 0
     )

@@ -24,6 +24,12 @@ def grouped_tile(tile, row_blocks, column_blocks, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def sibling(ptr, number, rows, columns):
+    """Return where the matrix of a sibling begins in a contiguous ``[siblings, rows, columns]``."""
+    return ptr + tl.cast(number, tl.int64) * rows * columns
+
+
+@triton.jit
 def _corner(ptr, stride_row, stride_column, first_row, first_column):
     # tl.cast, not .to(): a loop variable is a Python int in the interpreter, and a 1 a constexpr.
     down = tl.cast(first_row, tl.int64) * stride_row

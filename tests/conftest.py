@@ -48,8 +48,16 @@ _device_constructors()
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill whatever fastlora allocates with NaN, so that an element it forgets to write is seen."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    from fastlora.kernels import layout
+
+    monkeypatch.setattr(layout, "_FAST", {})  # it would take what cannot be poisoned
 
 
 def _poisoned(allocate):
@@ -76,26 +84,28 @@ class Spy:
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    from whole_models import FUSED_CALLS
+
     from fastlora import layers, siblings
 
     counts = Spy()
-    fused, together = layers.apply_lora_linear, siblings.apply_siblings
     plain = layers.PeftLinear.forward
 
-    def counted_fused(*args):
-        counts.fused += 1
-        return fused(*args)
+    def counted(function, siblings_of, together):
+        def call(*args):
+            number = siblings_of(*args)
+            counts.fused += number
+            counts.together += number if together else 0
+            return function(*args)
 
-    def counted_together(x, weights, *args):
-        counts.fused += len(weights)
-        counts.together += len(weights)
-        return together(x, weights, *args)
+        return call
 
     def counted_plain(self, *args, **kwargs):
         counts.peft += type(self) is layers.LoRALinear
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(layers, "apply_lora_linear", counted_fused)
-    monkeypatch.setattr(siblings, "apply_siblings", counted_together)
+    for module, name, siblings_of in FUSED_CALLS:
+        function = counted(getattr(module, name), siblings_of, module is siblings)
+        monkeypatch.setattr(module, name, function)
     monkeypatch.setattr(layers.PeftLinear, "forward", counted_plain)
     return counts

@@ -41,13 +41,18 @@ def seed_of(number: int) -> Tensor:
 
 def draw_masks(
     kind: str, siblings: int, rows: int, columns: int
-) -> tuple[list[Tensor] | Tensor | None, list[Tensor | None]]:
+) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the siblings' masks twice: as a kernel takes them (bits or a seed) and as bools."""
     if kind == "none":
         return None, [None] * siblings
     seed = seed_of(5 + 2**40)
     keeps = [dropout.keep_mask(seed, rows, columns, P, stream=g) for g in range(siblings)]
-    return ([dropout.pack(keep) for keep in keeps] if kind == "bits" else seed), keeps
+    return (torch.stack(list(map(dropout.pack, keeps))) if kind == "bits" else seed), keeps
+
+
+def other_mask(mask: Tensor | None) -> Tensor | None:
+    """Return another mask of the same kind and shape."""
+    return None if mask is None else 255 - mask if mask.dtype == torch.uint8 else mask + 1
 
 
 def padded_rows(tensor: Tensor, padding: int = 8) -> Tensor:

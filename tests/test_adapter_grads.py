@@ -28,21 +28,23 @@ def make_inputs(case, dtype=torch.float32):
     m, k, ns, r, p = case
     seed = torch.tensor(23)
     keeps = [dropout.keep_mask(seed, m, k, p, stream=g) if p else None for g in range(len(ns))]
-    dys, hs, bs = (
+    dys, bs = (
         [torch.randn(size).to(dtype) for size in sizes]
-        for sizes in ([(m, n) for n in ns], [(m, r) for _ in ns], [(n, r) for n in ns])
+        for sizes in ([(m, n) for n in ns], [(n, r) for n in ns])
     )
-    bits = [dropout.pack(keep) for keep in keeps if keep is not None]
-    arguments = [dys, torch.randn(m, k).to(dtype), hs, bs, bits, GAINS[: len(ns)]]
-    return arguments, seed, keeps, p
+    x, h = torch.randn(m, k).to(dtype), torch.randn(len(ns), m, r).to(dtype)
+    bits = torch.stack([dropout.pack(keep) for keep in keeps]) if p else None
+    return [dys, x, h, bs, bits, GAINS[: len(ns)]], seed, keeps, p
 
 
-def with_masks(arguments, masks):
-    return [*arguments[:4], masks, arguments[5]]
+def with_mask(arguments, mask):
+    return [*arguments[:4], mask, arguments[5]]
 
 
 def assert_equal(actual, expected):
-    for one, two in zip(actual, expected, strict=True):
+    (dh, *grads), (expected_dh, *expected_grads) = actual, expected
+    assert torch.equal(dh, expected_dh)
+    for one, two in zip(grads, expected_grads, strict=True):
         assert len(one) == len(two)
         assert all(map(torch.equal, one, two))
 
@@ -52,10 +54,10 @@ def assert_equal(actual, expected):
 def test_is_as_accurate_as_its_definition(case, dtype):
     arguments, _, keeps, p = make_inputs(case, dtype)
     actual = ops.adapter_grads(*arguments, p, rank_dtype=dtype, grad_dtype=dtype)
-    dys, x, hs, bs, _, gains = arguments
-    for g, (dy, h, b, keep, gain) in enumerate(zip(dys, hs, bs, keeps, gains, strict=True)):
-        native = reference.adapter_grads(dy, x, h, b, keep, gain)
-        exact = reference.adapter_grads(*(t.double() for t in (dy, x, h, b)), keep, gain)
+    dys, x, h, bs, _, gains = arguments
+    for g, (dy, own_h, b, keep, gain) in enumerate(zip(dys, h, bs, keeps, gains, strict=True)):
+        native = reference.adapter_grads(dy, x, own_h, b, keep, gain)
+        exact = reference.adapter_grads(*(t.double() for t in (dy, x, own_h, b)), keep, gain)
         ours = [results[g] for results in actual]
         for name, *results in zip(NAMES, ours, native, exact, strict=True):
             assert_as_accurate(*results, name=f"{name} of sibling {g}")
@@ -66,29 +68,30 @@ def test_seed_and_bits_give_the_same(case):
     arguments, seed, _, p = make_inputs(case)
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
     from_bits = ops.adapter_grads(*arguments, p, **options)
-    masks = [seed] if p else []
-    assert_equal(from_bits, ops.adapter_grads(*with_masks(arguments, masks), p, **options))
+    from_seed = ops.adapter_grads(*with_mask(arguments, seed if p else None), p, **options)
+    assert_equal(from_bits, from_seed)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[5]])
 def test_leaves_out_what_is_not_asked_for(case):
-    (dys, x, hs, bs, masks, gains), *_ = make_inputs(case)
+    (dys, x, h, bs, mask, gains), *_ = make_inputs(case)
     options = {"rank_dtype": x.dtype, "grad_dtype": x.dtype}
 
-    def run(x, hs, **more):
-        return ops.adapter_grads(dys, x, hs, bs, masks, gains, 0.0, **options, **more)
+    def run(x, h, **more):
+        return ops.adapter_grads(dys, x, h, bs, mask, gains, 0.0, **options, **more)
 
-    dhs, das, dbs = run(x, hs)
-    assert_equal(run(x, []), (dhs, das, []))
-    assert_equal(run(None, hs), (dhs, [], dbs))
-    assert_equal(run(None, hs, need_dh=False), ([], [], dbs))
+    dh, das, dbs = run(x, h)
+    assert_equal(run(x, None), (dh, das, []))
+    assert_equal(run(None, h), (dh, [], dbs))
+    assert_equal(run(None, h, need_dh=False), (dh[:, :0], [], dbs))
+    assert_equal(run(None, None, need_dh=False), (dh[:, :0], [], []))
 
 
 def test_gradients_come_in_the_dtype_of_the_adapter():
     arguments, *_ = make_inputs((30, 40, [24], 5, 0.0), torch.bfloat16)
     arguments[3] = [b.float() for b in arguments[3]]
     options = {"rank_dtype": torch.bfloat16, "grad_dtype": torch.float32}
-    (dh,), (da,), (db,) = ops.adapter_grads(*arguments, 0.0, **options)
+    dh, (da,), (db,) = ops.adapter_grads(*arguments, 0.0, **options)
     assert (dh.dtype, da.dtype, db.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
@@ -96,7 +99,9 @@ def test_gradients_come_in_the_dtype_of_the_adapter():
 def test_operator_is_well_formed(case):
     arguments, seed, _, p = make_inputs(case)
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    for masks in (arguments[4], [seed]) if p else ([],):
-        torch.library.opcheck(ops.adapter_grads, (*with_masks(arguments, masks), p), options)
-    dys, _, _, bs, _, gains = arguments
-    torch.library.opcheck(ops.adapter_grads, (dys, None, [], bs, [], gains, 0.0), options)
+    for mask in (arguments[4], seed) if p else (None,):
+        torch.library.opcheck(ops.adapter_grads, (*with_mask(arguments, mask), p), options)
+    dys, _, h, bs, _, gains = arguments
+    torch.library.opcheck(ops.adapter_grads, (dys, None, None, bs, None, gains, 0.0), options)
+    no_dh = {**options, "need_dh": False}
+    torch.library.opcheck(ops.adapter_grads, (dys, None, h, bs, None, gains, 0.0), no_dh)

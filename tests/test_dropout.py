@@ -123,9 +123,9 @@ def test_first_column_is_the_lowest_bit():
 
 def test_kept_rows_are_read_from_bits_or_drawn_from_the_seed():
     seed, p, part = torch.tensor(9), 0.25, slice(3, 7)
-    keep = dropout.keep_mask(seed, 12, 21, p)
-    assert torch.equal(dropout.keep_rows(dropout.pack(keep), part, 21, p), keep[part])
-    assert torch.equal(dropout.keep_rows(seed, part, 21, p), keep[part])
-    third = dropout.keep_mask(seed, 12, 21, p, stream=2)
-    assert torch.equal(dropout.keep_rows(seed, part, 21, p, stream=2), third[part])
-    assert torch.equal(dropout.keep_rows(dropout.pack(third), part, 21, p, stream=2), third[part])
+    keeps = [dropout.keep_mask(seed, 12, 21, p, stream=stream) for stream in range(3)]
+    bits = torch.stack(list(map(dropout.pack, keeps)))
+    for mask in (bits, seed):
+        assert torch.equal(dropout.keep_rows(mask, part, 21, p), keeps[0][part])
+        for stream, keep in enumerate(keeps):
+            assert torch.equal(dropout.keep_rows(mask, part, 21, p, stream), keep[part])

@@ -21,21 +21,24 @@ from kernel_cases import (
     assert_kernel_as_accurate,
     doubles,
     draw_masks,
-    padded_rows,
+    other_mask,
     randn,
 )
 
 from fastlora import dropout, reference
-from fastlora.kernels import adapter_grads as module
+from fastlora.kernels import input_pass as input_module
+from fastlora.kernels import output_pass as output_module
 from fastlora.kernels import partial_sums, tile_config
 from fastlora.kernels import shrink as shrink_module
-from fastlora.kernels.adapter_grads import adapter_grads, input_pass
+from fastlora.kernels.adapter_grads import adapter_grads, prepare_adapter_grads
+from fastlora.kernels.input_pass import input_pass, prepare_input_pass
+from fastlora.kernels.output_pass import prepare_output_pass
 from fastlora.kernels.tile_config import DeviceLimits, TileConfig, forget_tiles
 
 GAIN = 1.7
 THRESHOLD = dropout.threshold(P)
 SHRINK, ADD_PARTIALS = "_shrink_kernel", "_add_partials_kernel"
-OUTPUT_PASS, INPUT_PASS = "_adapter_grads_kernel", "_input_pass_kernel"
+OUTPUT_PASS, INPUT_PASS = "_output_pass_kernel", "_input_pass_kernel"
 SPLIT = replace(SMALL, splits=2)
 TILES = {"output_config": SPLIT, "input_config": SPLIT}
 
@@ -68,7 +71,7 @@ def launches(monkeypatch) -> list[str]:
             found.append(self.name)
             return self.kernel[grid]
 
-    for owner in (module, shrink_module, partial_sums):
+    for owner in (output_module, input_module, shrink_module, partial_sums):
         for name in [name for name in vars(owner) if name.endswith("_kernel")]:
             monkeypatch.setattr(owner, name, Counted(name, getattr(owner, name)))
     return found
@@ -102,9 +105,9 @@ def make_inputs(case, dtype=torch.float32, rank_dtype=None):
 
 
 def one_adapter_grads(dy, x, h, lora_b, mask, gain, threshold=0, **options):
-    """Call the launcher with a group of one: tensors instead of lists."""
-    hs = None if h is None else [h]
-    results = adapter_grads([dy], x, hs, [lora_b], mask, [gain], threshold, **options)
+    """Call the launcher with a group of one: matrices instead of lists and a stacked ``h``."""
+    stacked = None if h is None else h[None]
+    results = adapter_grads([dy], x, stacked, [lora_b], mask, [gain], threshold, **options)
     for tensors in results:
         assert tensors is None or len(tensors) == 1
     return [None if tensors is None else tensors[0] for tensors in results]
@@ -113,9 +116,9 @@ def one_adapter_grads(dy, x, h, lora_b, mask, gain, threshold=0, **options):
 def make_group(m, k, ns, rank, dtype=torch.float32, b_dtype=None):
     """Siblings with out features of their own and one input."""
     dys = [randn(m, n, dtype=dtype, scale=n**-0.5) for n in ns]
-    hs = [randn(m, rank, dtype=dtype) for _ in ns]
+    h = randn(len(ns), m, rank, dtype=dtype)
     lora_bs = [randn(n, rank, dtype=b_dtype or dtype) for n in ns]
-    return dys, randn(m, k, dtype=dtype), hs, lora_bs
+    return dys, randn(m, k, dtype=dtype), h, lora_bs
 
 
 def check(grads, inputs, keep, rank_dtype, grad_dtype, gain=GAIN):
@@ -185,11 +188,9 @@ def test_any_number_of_splits(splits, mask):
 def test_takes_every_layout(layout, rank):
     dy, x, h, lora_b = make_inputs((33, 72, 40, rank))
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    (bits,), (keep,) = draw_masks("bits", 1, 33, 72)
-    wide_bits = torch.full((33, 12), 0x5A, dtype=torch.uint8, device=DEVICE)
-    wide_bits[:, :9] = bits
-    strided = layout(dy), layout(x), padded_rows(h), layout(lora_b), [wide_bits[:, :9]]
-    grads = one_adapter_grads(*strided, GAIN, **options, **TILES)
+    bits, (keep,) = draw_masks("bits", 1, 33, 72)
+    strided = layout(dy), layout(x), h, layout(lora_b)
+    grads = one_adapter_grads(*strided, bits, GAIN, **options, **TILES)
     check(grads, (dy, x, h, lora_b), keep, **options)
 
 
@@ -274,22 +275,22 @@ def test_fp32_adapter_on_a_half_base_computes_in_fp32(half, rank):
     check(grads, inputs, None, **options)
 
 
+@pytest.mark.parametrize("rank", [5, 64])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_siblings_share_one_pass_over_x(dtype, mask):
-    """Different ranks and layouts of the results; M is split in three."""
-    x, dhs = randn(33, 40, dtype=dtype), [randn(33, r, dtype=dtype) for r in (5, 64, 16)]
+def test_siblings_share_one_pass_over_x(dtype, mask, rank):
+    """Different layouts of the results; M is split in three."""
+    x, dh = randn(33, 40, dtype=dtype), randn(3, 33, rank, dtype=dtype)
     mask, keeps = draw_masks(mask, 3, 33, 40)
-    outs = [x.new_full((r, 40), float("nan")) for r in (5, 64)]
-    outs.append(x.new_full((40, 16), float("nan")).t())
+    outs = [x.new_full((rank, 40), float("nan")) for _ in range(2)]
+    outs.append(x.new_full((40, rank), float("nan")).t())
     input_pass(
-        x, dhs, outs, mask, THRESHOLD, gain=GAIN, rank_dtype=dtype,
-        config=replace(SMALL, splits=3),
-    )  # fmt: skip
-    for dh, out, keep in zip(dhs, outs, keeps, strict=True):
+        x, dh, outs, mask, THRESHOLD, gain=GAIN, rank_dtype=dtype, config=replace(SMALL, splits=3)
+    )
+    for own_dh, out, keep in zip(dh, outs, keeps, strict=True):
         native, exact = (
             GAIN * tensors[1].t() @ (tensors[0] if keep is None else tensors[0] * keep)
-            for tensors in ((x, dh), doubles(x, dh))
+            for tensors in ((x, own_dh), doubles(x, own_dh))
         )
         assert_kernel_as_accurate(out, native, exact)
 
@@ -305,10 +306,12 @@ GROUPS = [
 
 def check_group(grads, group, keeps, gains, rank_dtype, grad_dtype):
     """Compare every sibling with the definition, as if it were alone."""
-    dys, x, hs, lora_bs = group
-    for g, (dy, h, b, keep, gain) in enumerate(zip(dys, hs, lora_bs, keeps, gains, strict=True)):
+    dys, x, h, lora_bs = group
+    assert [len(tensors) for tensors in grads] == [len(dys)] * 3
+    siblings = zip(dys, h, lora_bs, keeps, gains, strict=True)
+    for g, (dy, own_h, b, keep, gain) in enumerate(siblings):
         one = [tensors[g] for tensors in grads]
-        check(one, (dy, x, h, b), keep, rank_dtype, grad_dtype, gain)
+        check(one, (dy, x, own_h, b), keep, rank_dtype, grad_dtype, gain)
 
 
 @pytest.mark.parametrize(
@@ -320,10 +323,10 @@ def check_group(grads, group, keeps, gains, rank_dtype, grad_dtype):
 def test_siblings_get_what_each_would_get_alone(ns, rank, mask):
     group, fp32 = make_group(20, 24, ns, rank), torch.float32
     mask, keeps = draw_masks(mask, len(ns), 20, 24)
-    dys, x, hs, lora_bs = group
+    dys, x, h, lora_bs = group
     gains = [GAIN, -0.5, 0.0, 1 / 3][: len(ns)]
     grads = adapter_grads(
-        dys, x, hs, lora_bs, mask, gains, THRESHOLD, rank_dtype=fp32, grad_dtype=fp32, **TILES
+        dys, x, h, lora_bs, mask, gains, THRESHOLD, rank_dtype=fp32, grad_dtype=fp32, **TILES
     )
     check_group(grads, group, keeps, gains, fp32, fp32)
 
@@ -334,10 +337,10 @@ def test_siblings_under_autocast_in_any_number_of_splits(splits, half):
     ns, fp32 = (104, 24, 24), torch.float32
     group = make_group(20, 24, ns, 8, half, fp32)
     seed, keeps = draw_masks("seed", 3, 20, 24)
-    dys, x, hs, lora_bs = group
+    dys, x, h, lora_bs = group
     config = replace(SMALL, splits=splits)
     grads = adapter_grads(
-        dys, x, hs, lora_bs, seed, [GAIN] * 3, THRESHOLD, rank_dtype=half, grad_dtype=fp32,
+        dys, x, h, lora_bs, seed, [GAIN] * 3, THRESHOLD, rank_dtype=half, grad_dtype=fp32,
         output_config=config, input_config=config,
     )  # fmt: skip
     check_group(grads, group, keeps, [GAIN] * 3, half, fp32)
@@ -345,10 +348,10 @@ def test_siblings_under_autocast_in_any_number_of_splits(splits, half):
 
 @pytest.mark.parametrize("ns", GROUPS)
 def test_a_group_of_any_size_takes_four_launches(ns, launches):
-    dys, x, hs, lora_bs = make_group(17, 24, ns, 16)
+    dys, x, h, lora_bs = make_group(17, 24, ns, 16)
     mask, _ = draw_masks("bits", len(ns), 17, 24)
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    adapter_grads(dys, x, hs, lora_bs, mask, [GAIN] * len(ns), **options)
+    adapter_grads(dys, x, h, lora_bs, mask, [GAIN] * len(ns), **options)
     assert launches == [OUTPUT_PASS, ADD_PARTIALS, INPUT_PASS, ADD_PARTIALS]
 
 
@@ -364,18 +367,18 @@ def test_a_group_of_any_size_takes_four_launches(ns, launches):
 )
 def test_splits_are_shared_out_in_proportion(ns, splits, columns):
     tile = TileConfig(256, 64, splits=splits)
-    assert module._columns_per_split(ns, tile) == columns
+    assert output_module._columns_per_split(ns, tile) == columns
 
 
 @pytest.mark.parametrize("m", [1000, 8192, 100_000])
 def test_splits_of_a_group_fill_the_device_once(m, monkeypatch, fresh_settings):
     """The siblings' splits are those of one projection as wide as all, and one each at least."""
     device = DeviceLimits("H200", 90, 232448, 132)
-    monkeypatch.setattr(module, "device_limits", lambda _: device)
+    monkeypatch.setattr(output_module, "device_limits", lambda _: device)
     monkeypatch.setattr(tile_config, "device_limits", lambda _: device)
     half, grids = torch.float16, []
     for ns in ((4608,), (3584, 512, 512)):
-        grid, *_ = module._output_settings(
+        grid, *_ = output_module._settings(
             None, torch.device("cuda"), half, half, half, m, ns, 16, True, "ieee"
         )
         grids.append(grid)
@@ -386,10 +389,10 @@ def test_splits_of_a_group_fill_the_device_once(m, monkeypatch, fresh_settings):
 
 
 def test_no_rows_give_every_sibling_zero_gradients(launches):
-    dys, x, hs, lora_bs = make_group(0, 40, (24, 7), 8)
+    dys, x, h, lora_bs = make_group(0, 40, (24, 7), 8)
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    dhs, das, dbs = adapter_grads(dys, x, hs, lora_bs, None, [GAIN, 1.0], **options)
-    assert [dh.shape for dh in dhs] == [(0, 8), (0, 8)]
+    dh, das, dbs = adapter_grads(dys, x, h, lora_bs, None, [GAIN, 1.0], **options)
+    assert dh.shape == (2, 0, 8)
     assert all(torch.equal(da, torch.zeros(8, 40, device=DEVICE)) for da in das)
     for db, n in zip(dbs, (24, 7), strict=True):
         assert torch.equal(db, torch.zeros(n, 8, device=DEVICE))
@@ -398,38 +401,110 @@ def test_no_rows_give_every_sibling_zero_gradients(launches):
 
 def test_siblings_may_leave_gradients_out():
     group, fp32 = make_group(20, 24, (40, 24), 5), torch.float32
-    dys, x, hs, lora_bs = group
+    dys, x, h, lora_bs = group
     options = {"rank_dtype": fp32, "grad_dtype": fp32}
-    full = adapter_grads(dys, x, hs, lora_bs, None, [GAIN] * 2, **options, **TILES)
-    dhs, das, dbs = adapter_grads(dys, None, hs, lora_bs, None, [GAIN] * 2, **options, **TILES)
+    full = adapter_grads(dys, x, h, lora_bs, None, [GAIN] * 2, **options, **TILES)
+    dh, das, dbs = adapter_grads(dys, None, h, lora_bs, None, [GAIN] * 2, **options, **TILES)
     assert das is None
-    check_group((dhs, full[1], dbs), group, [None] * 2, [GAIN] * 2, fp32, fp32)
-    dhs, das, dbs = adapter_grads(dys, x, None, lora_bs, None, [GAIN] * 2, **options, **TILES)
+    check_group((dh, full[1], dbs), group, [None] * 2, [GAIN] * 2, fp32, fp32)
+    dh, das, dbs = adapter_grads(dys, x, None, lora_bs, None, [GAIN] * 2, **options, **TILES)
     assert dbs is None
-    check_group((dhs, das, full[2]), group, [None] * 2, [GAIN] * 2, fp32, fp32)
-    dhs, das, dbs = adapter_grads(
-        dys, None, hs, lora_bs, None, [GAIN] * 2, need_dh=False, **options, **TILES
+    check_group((dh, das, full[2]), group, [None] * 2, [GAIN] * 2, fp32, fp32)
+    dh, das, dbs = adapter_grads(
+        dys, None, h, lora_bs, None, [GAIN] * 2, need_dh=False, **options, **TILES
     )
-    assert ([dh.numel() for dh in dhs], das) == ([0, 0], None)
+    assert (dh.shape, das) == ((2, 0, 5), None)
     check_group((full[0], full[1], dbs), group, [None] * 2, [GAIN] * 2, fp32, fp32)
 
 
 def test_siblings_of_different_ranks_are_refused():
-    dys, x, hs, lora_bs = make_group(17, 24, (24, 8), 8)
-    hs[1], lora_bs[1] = hs[1][:, :4], lora_bs[1][:, :4]
+    dys, x, h, lora_bs = make_group(17, 24, (24, 8), 8)
+    lora_bs[1] = lora_bs[1][:, :4]
     options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
-    with pytest.raises(AssertionError, match="siblings of the ranks 8 and 4"):
-        adapter_grads(dys, x, hs, lora_bs, None, [GAIN] * 2, **options)
+    with pytest.raises(AssertionError, match="siblings of different ranks"):
+        adapter_grads(dys, x, h, lora_bs, None, [GAIN] * 2, **options)
+
+
+def assert_equal(found, expected):
+    for one, two in zip(found, expected, strict=True):
+        assert len(one) == len(two)
+        assert all(map(torch.equal, one, two))
+
+
+@pytest.mark.parametrize("rank", [5, 20], ids=["one-pass", "two-passes"])
+@pytest.mark.parametrize("ns", [(40,), (40, 23)], ids=["alone", "group"])
+def test_contiguous_tensors_of_more_dimensions_are_matrices(ns, rank):
+    dys, x, h, lora_bs = make_group(6, 24, ns, rank)
+    mask, _ = draw_masks("bits", len(ns), 6, 24)
+    gains, options = [GAIN, -0.5][: len(ns)], {"rank_dtype": x.dtype, "grad_dtype": x.dtype}
+    expected = adapter_grads(dys, x, h, lora_bs, mask, gains, **options, **TILES)
+    dys, x = [dy.view(2, 3, -1) for dy in dys], x.view(2, 3, 24)
+    assert_equal(adapter_grads(dys, x, h, lora_bs, mask, gains, **options, **TILES), expected)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("rank", [5, 20], ids=["one-pass", "two-passes"])
+@pytest.mark.parametrize("ns", [(40,), (40, 23)], ids=["alone", "group"])
+def test_what_is_prepared_once_takes_other_tensors_of_the_same_layout(ns, rank, mask):
+    groups = [make_group(20, 24, ns, rank) for _ in range(2)]
+    first, _ = draw_masks(mask, len(ns), 20, 24)
+    masks, gains = [first, other_mask(first)], [GAIN, -0.5][: len(ns)]
+    options = {"rank_dtype": torch.float32, "grad_dtype": torch.float32, **TILES}
+    dys, x, _, lora_bs = groups[0]
+    run = prepare_adapter_grads(dys, x, lora_bs, mask, gains, THRESHOLD, **options)
+    calls = [(*group[:3], one_mask) for group, one_mask in zip(groups, masks, strict=True)]
+    found = [run(*call) for call in calls]  # both before either is looked at
+    for (dys, x, h, one_mask), grads in zip(calls, found, strict=True):
+        expected = adapter_grads(dys, x, h, lora_bs, one_mask, gains, THRESHOLD, **options)
+        assert_equal(grads, expected)
+
+
+def test_a_prepared_output_pass_takes_other_tensors_of_the_same_layout():
+    groups = [make_group(20, 24, (40, 23), 5) for _ in range(2)]
+    dys, _, _, lora_bs = groups[0]
+    gains, options = [GAIN, -0.5], {"rank_dtype": torch.float32, "grad_dtype": torch.float32}
+    run = prepare_output_pass(dys, lora_bs, gains, **options, config=SPLIT)
+    found = [run(dys, h) for dys, _, h, _ in groups]
+    for (dys, _, h, _), grads in zip(groups, found, strict=True):
+        dh, _, dbs = adapter_grads(dys, None, h, lora_bs, None, gains, **options, **TILES)
+        assert_equal(grads, (dh, dbs))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_prepared_input_pass_takes_other_tensors_of_the_same_layout(mask):
+    """The results have strides of their own, and may be anywhere."""
+    first, _ = draw_masks(mask, 2, 20, 24)
+    calls = [
+        (
+            randn(20, 24),
+            randn(2, 20, 5),
+            one_mask,
+            (randn(5, 24), randn(24, 5).t()),
+        )
+        for one_mask in (first, other_mask(first))
+    ]
+    options = {"gain": GAIN, "rank_dtype": torch.float32, "config": SPLIT}
+    run = prepare_input_pass(
+        calls[0][0], 5, [(24, 1), (1, 5)], mask, THRESHOLD, dh_dtype=torch.float32, **options
+    )
+    for call in calls:
+        run(*call)
+    for x, dh, one_mask, outs in calls:
+        expected = [torch.full_like(out, float("nan")) for out in outs]
+        input_pass(x, dh, expected, one_mask, THRESHOLD, **options)
+        assert all(map(torch.equal, outs, expected))
 
 
 def test_a_group_whose_partial_results_would_be_huge_is_taken_one_by_one(
     launches, monkeypatch, fresh_settings
 ):
-    monkeypatch.setattr(module, "_MAX_PARTIAL_BYTES", 4 * 24 * 8)  # one row block of N = 24, R = 8
+    monkeypatch.setattr(
+        output_module, "_MAX_PARTIAL_BYTES", 4 * 24 * 8
+    )  # one row block of N = 24, R = 8
     group, half = make_group(20, 40, (24, 48, 16), 8, torch.float16), torch.float16
-    dys, x, hs, lora_bs = group
+    dys, x, h, lora_bs = group
     options = {"rank_dtype": half, "grad_dtype": torch.float32}
-    grads = adapter_grads(dys, x, hs, lora_bs, None, [GAIN] * 3, **options)
+    grads = adapter_grads(dys, x, h, lora_bs, None, [GAIN] * 3, **options)
     check_group(grads, group, [None] * 3, [GAIN] * 3, **options)
     own = [OUTPUT_PASS, ADD_PARTIALS]
     assert launches == [*own, SHRINK, INPUT_PASS, ADD_PARTIALS, *own, INPUT_PASS, ADD_PARTIALS]
@@ -437,11 +512,11 @@ def test_a_group_whose_partial_results_would_be_huge_is_taken_one_by_one(
 
 @pytest.mark.parametrize("mask", ["bits", "seed"])
 def test_a_group_gives_the_same_bits_every_time(mask):
-    dys, x, hs, lora_bs = make_group(20, 24, (70, 8, 8), 8, torch.float16)
+    dys, x, h, lora_bs = make_group(20, 24, (70, 8, 8), 8, torch.float16)
     mask, _ = draw_masks(mask, 3, 20, 24)
     options = {"rank_dtype": torch.float16, "grad_dtype": torch.float32}
     runs = [
-        adapter_grads(dys, x, hs, lora_bs, mask, [GAIN] * 3, THRESHOLD, **options, **TILES)
+        adapter_grads(dys, x, h, lora_bs, mask, [GAIN] * 3, THRESHOLD, **options, **TILES)
         for _ in range(2)
     ]
     for first, second in zip(*runs, strict=True):
@@ -469,7 +544,9 @@ def test_default_tiles_cover_everything(dtype):
 def test_a_batch_whose_partial_results_would_be_huge_takes_two_passes(
     passes, monkeypatch, fresh_settings
 ):
-    monkeypatch.setattr(module, "_MAX_PARTIAL_BYTES", 4 * 24 * 8)  # one row block of N = 24, R = 8
+    monkeypatch.setattr(
+        output_module, "_MAX_PARTIAL_BYTES", 4 * 24 * 8
+    )  # one row block of N = 24, R = 8
     options = {"rank_dtype": torch.float16, "grad_dtype": torch.float32}
     b = randn(24, 8, dtype=torch.float16)
     for m, expected in ((20, [OUTPUT_PASS]), (300, [SHRINK, INPUT_PASS])):
@@ -501,9 +578,9 @@ def test_siblings_are_as_accurate_as_torch_at_real_sizes(dtype, mask):
     ns = (3584, 512, 512)  # q, k and v of Qwen2.5-7B
     group = make_group(1000, 3584, ns, 16, dtype)
     mask, keeps = draw_masks(mask, 3, 1000, 3584)
-    dys, x, hs, lora_bs = group
+    dys, x, h, lora_bs = group
     options = {"rank_dtype": dtype, "grad_dtype": dtype}
-    grads = adapter_grads(dys, x, hs, lora_bs, mask, [GAIN] * 3, THRESHOLD, **options)
+    grads = adapter_grads(dys, x, h, lora_bs, mask, [GAIN] * 3, THRESHOLD, **options)
     check_group(grads, group, keeps, [GAIN] * 3, **options)
 
 

@@ -14,7 +14,7 @@ from kernel_cases import DEVICE, SMALL, P, randn, seed_of
 from fastlora import dropout
 from fastlora.kernels import shrink as shrink_module
 from fastlora.kernels import tile_config
-from fastlora.kernels.partial_sums import PartialSum, add_partials
+from fastlora.kernels.partial_sums import PartialSum, prepare_sums
 from fastlora.kernels.philox import expand_bits, load_bits
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.tile_config import (
@@ -29,7 +29,7 @@ from fastlora.kernels.tile_config import (
     tile_key,
     user_cache,
 )
-from fastlora.kernels.tile_order import grouped_tile, load_tile, store_tile
+from fastlora.kernels.tile_order import grouped_tile, load_tile, sibling, store_tile
 
 OPERATIONS = ["shrink", "low_rank_gemm", "input_grad", "output_pass", "input_pass"]
 
@@ -73,6 +73,12 @@ def _copy_kernel(
     store_tile(
         target_ptr, stride_target, 1, target_row, target_row + SIZE, 0, SIZE, tile, SIZE, SIZE
     )
+
+
+@triton.jit
+def _copy_sibling_kernel(source_ptr, target_ptr, number, rows, columns, SIZE: tl.constexpr):
+    tile = load_tile(sibling(source_ptr, number, rows, columns), columns, 1, 0, 4, 0, SIZE, 4, SIZE)
+    store_tile(target_ptr, SIZE, 1, 0, 4, 0, SIZE, tile, 4, SIZE)
 
 
 @triton.jit
@@ -178,7 +184,7 @@ def test_what_a_kernel_leaves_unwritten_is_poisoned(monkeypatch):
             return lambda *args, **options: None
 
     monkeypatch.setattr(shrink_module, "_shrink_kernel", Idle())
-    (h,), (bits,) = shrink(
+    h, bits = shrink(
         randn(5, 8), [randn(2, 8)], seed_of(1), rank_dtype=torch.float32, return_bits=True,
         config=SMALL,
     )  # fmt: skip
@@ -211,6 +217,14 @@ def test_mask_byte_beyond_32_bits_is_loaded(far_buffer):
     assert torch.equal(loaded, dropout.unpack(bits, 32))
 
 
+def test_sibling_beyond_32_bits_is_found(far_buffer):
+    middle, target = far_buffer[FAR:], torch.zeros(4, 16, dtype=torch.uint8, device=DEVICE)
+    numbers = torch.arange(64, dtype=torch.uint8, device=DEVICE).view(4, 16)
+    middle[FAR:].as_strided((4, 16), (2**15, 1)).copy_(numbers)
+    _copy_sibling_kernel[(1,)](middle, target, 2, 2**15, 2**15, SIZE=16)
+    assert torch.equal(target, numbers)
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "group"), [(1, 1, 8), (5, 3, 2), (7, 4, 8), (8, 1, 3), (1, 9, 8)]
 )
@@ -222,6 +236,14 @@ def test_grouped_tiles_are_walked_once_each(rows, columns, group):
     assert first_group == [row * columns for row in range(len(first_group))]
 
 
+def sum_in_order(scratch, first, shape, gain):
+    """Return one sum of fp32 partial results, times its gain."""
+    total = torch.zeros(shape[1:], device=DEVICE)
+    for split in scratch[first:][: math.prod(shape)].view(shape):
+        total = total + split
+    return total * gain
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_partial_sums_are_added_in_the_order_of_the_splits(dtype):
     """Several sums of one launch: one of more than a block, one transposed, one with one split."""
@@ -230,17 +252,54 @@ def test_partial_sums_are_added_in_the_order_of_the_splits(dtype):
     outs = [torch.full(shape[1:], float("nan"), dtype=dtype, device=DEVICE) for shape in shapes]
     outs[1] = outs[1].t().contiguous().t()
     firsts = [0, 3 * 5 * 300, 3 * 5 * 300 + 7 * 40 * 16]
-    add_partials(
-        tuple(
-            PartialSum(scratch, out, gain, first, *shape, *out.stride())
+    add = prepare_sums(
+        [
+            PartialSum(gain, first, *shape, *out.stride())
             for out, gain, first, shape in zip(outs, gains, firsts, shapes, strict=True)
-        )
+        ]
     )
+    add(scratch, tuple(outs))
     for out, gain, first, shape in zip(outs, gains, firsts, shapes, strict=True):
-        total = torch.zeros(shape[1:], device=DEVICE)
-        for split in scratch[first:][: math.prod(shape)].view(shape):
-            total = total + split
-        assert torch.equal(out, (total * gain).to(dtype))
+        assert torch.equal(out, sum_in_order(scratch, first, shape, gain).to(dtype))
+
+
+def test_partial_sums_may_share_a_result():
+    """As the siblings' dh do: each begins at an element of its own, and leaves the rest alone."""
+    shapes, firsts_of_out = [(3, 5, 16), (2, 5, 16)], [16, 16 + 5 * 16]
+    scratch, out = randn(3 * 5 * 16 + 2 * 5 * 16), torch.full((12, 16), -1.0, device=DEVICE)
+    firsts, gains = [0, 3 * 5 * 16], [1.7, -0.5]
+    sums = [
+        PartialSum(gain, first, *shape, 16, 1, first_of_out)
+        for gain, first, shape, first_of_out in zip(
+            gains, firsts, shapes, firsts_of_out, strict=True
+        )
+    ]
+    prepare_sums(sums)(scratch, (out, out))
+    expected = map(sum_in_order, [scratch] * 2, firsts, shapes, gains)
+    assert torch.equal(out[1:-1], torch.cat(list(expected)))
+    assert (out[[0, -1]] == -1).all()
+
+
+def test_sums_prepared_once_take_any_scratch_and_results():
+    shapes, firsts, gains = [(3, 5, 40), (2, 7, 16)], [0, 3 * 5 * 40], [1.7, -0.5]
+    add = prepare_sums(
+        [
+            PartialSum(gain, first, *shape, shape[2], 1)
+            for gain, first, shape in zip(gains, firsts, shapes, strict=True)
+        ]
+    )
+    calls = [
+        (
+            randn(3 * 5 * 40 + 2 * 7 * 16),
+            tuple(torch.full(shape[1:], float("nan"), device=DEVICE) for shape in shapes),
+        )
+        for _ in range(2)
+    ]
+    for call in calls:
+        add(*call)
+    for scratch, outs in calls:
+        expected = map(sum_in_order, [scratch] * 2, firsts, shapes, gains)
+        assert all(map(torch.equal, outs, expected))
 
 
 # Tiles as data. Shared memory that one program may use, as the drivers give it.

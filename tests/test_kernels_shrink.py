@@ -23,32 +23,35 @@ from kernel_cases import (
 )
 
 from fastlora import dropout, reference
-from fastlora.kernels.shrink import shrink
+from fastlora.kernels.shrink import prepare_shrink, shrink
 
 THRESHOLD = dropout.threshold(P)
 
-# (rows, in features, ranks of the siblings, splits of K): each with its reason.
+# (rows, in features, rank, siblings, splits of K): each with its reason.
 CASES = [
-    pytest.param((1, 64, (16,), 1), id="one-row"),
-    pytest.param((33, 72, (8,), 1), id="ragged-tiles"),
-    pytest.param((0, 64, (8,), 1), id="no-rows"),
-    pytest.param((20, 33, (1,), 1), id="odd-columns-rank-1"),
-    pytest.param((20, 1, (5,), 1), id="one-column-rank-5"),
-    pytest.param((17, 40, (64,), 1), id="rank-64"),
-    pytest.param((17, 40, (128,), 1), id="rank-128"),
-    pytest.param((17, 40, (256,), 1), id="rank-256"),
-    pytest.param((17, 130, (8,), 3), id="three-splits-the-last-one-shorter"),
-    pytest.param((20, 72, (8,), 7), id="more-splits-than-column-blocks"),
-    pytest.param((20, 72, (5, 16, 1), 1), id="siblings"),
-    pytest.param((17, 71, (5, 64, 16), 2), id="siblings-and-splits"),
-    pytest.param((17, 40, (8, 8, 8, 8), 1), id="four-siblings"),
+    pytest.param((1, 64, 16, 1, 1), id="one-row"),
+    pytest.param((33, 72, 8, 1, 1), id="ragged-tiles"),
+    pytest.param((0, 64, 8, 1, 1), id="no-rows"),
+    pytest.param((20, 33, 1, 1, 1), id="odd-columns-rank-1"),
+    pytest.param((20, 1, 5, 1, 1), id="one-column-rank-5"),
+    pytest.param((17, 40, 64, 1, 1), id="rank-64"),
+    pytest.param((17, 40, 128, 1, 1), id="rank-128"),
+    pytest.param((17, 40, 256, 1, 1), id="rank-256"),
+    pytest.param((17, 130, 8, 1, 3), id="three-splits-the-last-one-shorter"),
+    pytest.param((20, 72, 8, 1, 7), id="more-splits-than-column-blocks"),
+    pytest.param((20, 72, 5, 3, 1), id="siblings"),
+    pytest.param((20, 72, 1, 3, 1), id="siblings-of-rank-1"),
+    pytest.param((17, 71, 5, 3, 2), id="siblings-and-splits"),
+    pytest.param((17, 71, 64, 3, 2), id="siblings-of-rank-64-and-splits"),
+    pytest.param((0, 72, 5, 3, 2), id="siblings-no-rows"),
+    pytest.param((17, 40, 8, 4, 1), id="four-siblings"),
 ]
 
 
 def make_inputs(case, dtype=torch.float32):
-    m, k, ranks, splits = case
+    m, k, rank, siblings, splits = case
     x = randn(m, k, dtype=dtype)
-    lora_as = [randn(rank, k, dtype=dtype, scale=k**-0.5) for rank in ranks]
+    lora_as = [randn(rank, k, dtype=dtype, scale=k**-0.5) for _ in range(siblings)]
     return x, lora_as, seed_of(17 + 2**40), replace(SMALL, splits=splits)
 
 
@@ -57,31 +60,31 @@ def keep_masks(seed, x, count):
     return [dropout.keep_mask(seed, *x.shape, P, stream=g) for g in range(count)]
 
 
-def check(hs, x, lora_as, keeps, rank_dtype, gain=1.0):
+def check(h, x, lora_as, keeps, rank_dtype, gain=1.0):
     """Compare with the definition on operands that were rounded to ``rank_dtype`` once."""
-    for h, a, keep in zip(hs, lora_as, keeps, strict=True):
+    for own, a, keep in zip(h, lora_as, keeps, strict=True):
         x_rank, a_rank = x.to(rank_dtype), a.to(rank_dtype)
         native = gain * reference.shrink(x_rank, a_rank, keep)
         exact = gain * reference.shrink(*doubles(x_rank, a_rank), keep)
-        assert_kernel_as_accurate(h, native, exact)
+        assert_kernel_as_accurate(own, native, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_is_as_accurate_as_torch(case, dtype):
     x, lora_as, _, config = make_inputs(case, dtype)
-    hs, bits = shrink(x, lora_as, rank_dtype=dtype, config=config)
-    assert bits == []
-    check(hs, x, lora_as, [None] * len(lora_as), dtype)
+    h, bits = shrink(x, lora_as, rank_dtype=dtype, config=config)
+    assert bits is None
+    check(h, x, lora_as, [None] * len(lora_as), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_is_as_accurate_as_torch_under_dropout(case, dtype):
     x, lora_as, seed, config = make_inputs(case, dtype)
-    hs, bits = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=dtype, config=config)
-    assert bits == []
-    check(hs, x, lora_as, keep_masks(seed, x, len(lora_as)), dtype)
+    h, bits = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=dtype, config=config)
+    assert bits is None
+    check(h, x, lora_as, keep_masks(seed, x, len(lora_as)), dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,7 +93,6 @@ def test_bits_are_the_defined_mask(case):
     _, bits = shrink(
         x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config
     )
-    assert len(bits) == len(lora_as)
     for keep, mask in zip(keep_masks(seed, x, len(lora_as)), bits, strict=True):
         assert torch.equal(dropout.unpack(mask, x.shape[1]), keep)
 
@@ -111,95 +113,128 @@ def test_siblings_are_masked_independently(siblings):
 
 
 def test_an_adapter_alone_draws_the_first_stream():
-    x, lora_as, seed, config = make_inputs((17, 72, (5, 16), 1))
+    x, lora_as, seed, config = make_inputs((17, 72, 5, 2, 1))
     options = {"rank_dtype": x.dtype, "return_bits": True, "config": config}
-    _, (alone,) = shrink(x, lora_as[:1], seed, THRESHOLD, **options)
-    _, (first, _) = shrink(x, lora_as, seed, THRESHOLD, **options)
+    (alone,), (alone_bits,) = shrink(x, lora_as[:1], seed, THRESHOLD, **options)
+    (first, _), (first_bits, _) = shrink(x, lora_as, seed, THRESHOLD, **options)
     assert torch.equal(alone, first)
+    assert torch.equal(alone_bits, first_bits)
 
 
 def test_writing_bits_does_not_change_h():
-    x, lora_as, seed, config = make_inputs((17, 72, (5, 16), 2))
-    hs, _ = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, config=config)
-    others, _ = shrink(
+    x, lora_as, seed, config = make_inputs((17, 72, 5, 2, 2))
+    h, _ = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, config=config)
+    other, _ = shrink(
         x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config
     )
-    assert all(map(torch.equal, hs, others))
+    assert torch.equal(h, other)
 
 
 def test_no_bits_without_dropout():
-    x, lora_as, *_ = make_inputs((20, 72, (5,), 1))
-    assert shrink(x, lora_as, rank_dtype=x.dtype, return_bits=True, config=SMALL)[1] == []
+    x, lora_as, *_ = make_inputs((20, 72, 5, 1, 1))
+    assert shrink(x, lora_as, rank_dtype=x.dtype, return_bits=True, config=SMALL)[1] is None
 
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_takes_every_layout(layout, splits):
-    x, lora_as, seed, config = make_inputs((20, 72, (5, 16), splits))
+    x, lora_as, seed, config = make_inputs((20, 72, 5, 2, splits))
     strided = layout(x), [layout(a) for a in lora_as]
-    hs, _ = shrink(*strided, seed, THRESHOLD, rank_dtype=x.dtype, config=config)
-    check(hs, x, lora_as, keep_masks(seed, x, len(lora_as)), x.dtype)
+    h, _ = shrink(*strided, seed, THRESHOLD, rank_dtype=x.dtype, config=config)
+    check(h, x, lora_as, keep_masks(seed, x, len(lora_as)), x.dtype)
 
 
 def test_siblings_may_differ_in_layout():
-    x, (a, b, c), *_ = make_inputs((20, 72, (5, 16, 8), 1))
+    x, (a, b, c), *_ = make_inputs((20, 72, 5, 3, 1))
     mixed = [transposed(a), every_second(b), c]
-    hs, _ = shrink(x, mixed, rank_dtype=x.dtype, config=SMALL)
-    check(hs, x, (a, b, c), (None, None, None), x.dtype)
+    h, _ = shrink(x, mixed, rank_dtype=x.dtype, config=SMALL)
+    check(h, x, (a, b, c), (None, None, None), x.dtype)
 
 
 def test_x_may_be_one_row_expanded():
-    x, lora_as, *_ = make_inputs((1, 72, (5,), 1))
-    hs, _ = shrink(x.expand(33, 72), lora_as, rank_dtype=x.dtype, config=SMALL)
-    check(hs, x.expand(33, 72), lora_as, [None], x.dtype)
+    x, lora_as, *_ = make_inputs((1, 72, 5, 1, 1))
+    h, _ = shrink(x.expand(33, 72), lora_as, rank_dtype=x.dtype, config=SMALL)
+    check(h, x.expand(33, 72), lora_as, [None], x.dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_contiguous_x_of_more_dimensions_is_a_matrix(splits):
+    x, lora_as, seed, config = make_inputs((6, 72, 5, 2, splits))
+    options = {"rank_dtype": x.dtype, "return_bits": True, "config": config}
+    expected = shrink(x, lora_as, seed, THRESHOLD, **options)
+    found = shrink(x.view(2, 3, 72), lora_as, seed, THRESHOLD, **options)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_siblings_of_different_ranks_are_refused():
+    x, (a, b), *_ = make_inputs((6, 72, 5, 2, 1))
+    with pytest.raises(AssertionError, match="siblings of different ranks"):
+        shrink(x, [a, b[:4]], rank_dtype=x.dtype, config=SMALL)
 
 
 @pytest.mark.parametrize("half", HALVES)
 def test_fp32_adapter_is_rounded_to_half_under_autocast(half):
-    x, lora_as, *_ = make_inputs((20, 72, (5,), 1))
-    hs, _ = shrink(x.to(half), lora_as, rank_dtype=half, config=SMALL)
-    check(hs, x.to(half), lora_as, [None], half)
+    x, lora_as, *_ = make_inputs((20, 72, 5, 1, 1))
+    h, _ = shrink(x.to(half), lora_as, rank_dtype=half, config=SMALL)
+    check(h, x.to(half), lora_as, [None], half)
 
 
 @pytest.mark.parametrize("half", HALVES)
 def test_fp32_adapter_on_a_half_base_computes_in_fp32(half):
-    x, lora_as, *_ = make_inputs((20, 72, (5,), 1))
-    hs, _ = shrink(x.to(half), lora_as, rank_dtype=torch.float32, config=SMALL)
-    check(hs, x.to(half), lora_as, [None], torch.float32)
+    x, lora_as, *_ = make_inputs((20, 72, 5, 1, 1))
+    h, _ = shrink(x.to(half), lora_as, rank_dtype=torch.float32, config=SMALL)
+    check(h, x.to(half), lora_as, [None], torch.float32)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("gain", [0.0, -1.5, 1 / 3, 1.7])
 def test_gain_multiplies_the_sum_once(gain, splits):
-    x, lora_as, _, config = make_inputs((20, 72, (5,), splits))
-    hs, _ = shrink(x, lora_as, rank_dtype=x.dtype, gain=gain, config=config)
-    check(hs, x, lora_as, [None], x.dtype, gain)
+    x, lora_as, _, config = make_inputs((20, 72, 5, 2, splits))
+    h, _ = shrink(x, lora_as, rank_dtype=x.dtype, gain=gain, config=config)
+    check(h, x, lora_as, [None, None], x.dtype, gain)
 
 
 def test_same_inputs_give_the_same_bits():
-    x, lora_as, seed, config = make_inputs((20, 72, (5, 16), 3), torch.float16)
+    x, lora_as, seed, config = make_inputs((20, 72, 5, 2, 3), torch.float16)
     runs = [
         shrink(x, lora_as, seed, THRESHOLD, rank_dtype=x.dtype, return_bits=True, config=config)
         for _ in range(2)
     ]
-    for first, second in zip(*runs, strict=True):
-        assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("dropped", [False, True], ids=["no-dropout", "dropout"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_what_is_prepared_once_takes_another_x_and_seed(splits, dropped):
+    x, lora_as, seed, config = make_inputs((20, 72, 5, 2, splits))
+    options = {"rank_dtype": x.dtype, "return_bits": dropped, "gain": 1.7, "config": config}
+    run = prepare_shrink(x, lora_as, THRESHOLD, dropped=dropped, **options)
+    calls = [(x, seed), (randn(20, 72), seed_of(18))]
+    calls = [(each, seed if dropped else None) for each, seed in calls]
+    found = [run(*call) for call in calls]  # both before either is looked at
+    for (each, seed), (h, bits) in zip(calls, found, strict=True):
+        expected_h, expected_bits = shrink(each, lora_as, seed, THRESHOLD, **options)
+        assert torch.equal(h, expected_h)
+        assert torch.equal(bits, expected_bits) if dropped else bits is None
+
+
+@pytest.mark.parametrize(("rank", "siblings"), [(8, 2), (70, 1), (70, 2)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_default_tile_covers_everything(dtype):
-    x, lora_as, seed, _ = make_inputs((70, 40, (8, 70), 1), dtype)
-    hs, _ = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=dtype)
-    check(hs, x, lora_as, keep_masks(seed, x, len(lora_as)), dtype)
+def test_default_tile_covers_everything(dtype, rank, siblings):
+    x, lora_as, seed, _ = make_inputs((70, 40, rank, siblings, 1), dtype)
+    h, _ = shrink(x, lora_as, seed, THRESHOLD, rank_dtype=dtype)
+    check(h, x, lora_as, keep_masks(seed, x, siblings), dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("p", [0.0, P], ids=["no-dropout", "dropout"])
-@pytest.mark.parametrize("ranks", [(5,), (16,), (64,), (128,), (256,), (16, 16, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("rank", "siblings"), [(5, 1), (16, 1), (64, 1), (128, 1), (256, 1), (16, 3)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_default_tile_is_as_accurate_as_torch_at_real_sizes(dtype, ranks, p):
-    x, lora_as, seed, _ = make_inputs((1000, 4096, ranks, 1), dtype)
+def test_default_tile_is_as_accurate_as_torch_at_real_sizes(dtype, rank, siblings, p):
+    x, lora_as, seed, _ = make_inputs((1000, 4096, rank, siblings, 1), dtype)
     assert x.device.type == DEVICE.type
-    hs, _ = shrink(x, lora_as, seed if p else None, THRESHOLD, rank_dtype=dtype)
-    keeps = keep_masks(seed, x, len(ranks)) if p else [None] * len(ranks)
-    check(hs, x, lora_as, keeps, dtype)
+    h, _ = shrink(x, lora_as, seed if p else None, THRESHOLD, rank_dtype=dtype)
+    keeps = keep_masks(seed, x, siblings) if p else [None] * siblings
+    check(h, x, lora_as, keeps, dtype)

@@ -254,10 +254,11 @@ def test_correct_kernels_pass_the_check_once(unchecked, monkeypatch):
 @pytest.mark.parametrize(
     ("kernel", "failed"),
     [
-        # The two forms of one kernel.
+        # The two forms of one kernel, and the two kernels of one operator.
         ("low_rank_gemm", {"low_rank_term": "plain", "low_rank_gemm": "hybrid"}),
         ("shrink", {"shrink": "plain"}),
-        ("adapter_grads", {"adapter_grads": "plain"}),
+        ("output_pass", {"adapter_grads": "plain"}),
+        ("input_pass", {"adapter_grads": "plain"}),
     ],
 )
 def test_a_wrong_kernel_is_found_and_leads_to_another_plan(unchecked, monkeypatch, kernel, failed):

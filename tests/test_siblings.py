@@ -30,7 +30,8 @@ from whole_models import (
 )
 
 import fastlora
-from fastlora import dropout, functional, siblings
+from fastlora import dropout, siblings
+from fastlora import plain as plain_operators
 from fastlora.layers import LoRALinear
 
 WIDTH = 24
@@ -119,18 +120,25 @@ def test_x_is_read_once_for_all_and_once_for_their_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[tuple[str, int]] = []
-    for name in ("shrink", "adapter_grads", "input_grad"):
-        operator = getattr(functional.ops.DIRECT, name)
+    lengths = {
+        "shrink": lambda x, lora_as, *rest: len(lora_as),
+        "fill_low_rank_gemm": lambda ys, *rest: len(ys),
+        "adapter_grads": lambda dys, *rest: len(dys),
+        "fill_input_grad": lambda dx, dys, *rest: len(dys),
+    }
+    for name, length in lengths.items():
+        operator = getattr(plain_operators, name)
 
-        def counted(*args, _name=name, _operator=operator, **kwargs):
-            calls.append((_name, len(args[1] if _name == "shrink" else args[0])))
+        def counted(*args, _name=name, _length=length, _operator=operator, **kwargs):
+            calls.append((_name, _length(*args)))
             return _operator(*args, **kwargs)
 
-        monkeypatch.setattr(functional.ops.DIRECT, name, counted)
+        monkeypatch.setattr(plain_operators, name, counted)
     run(patched_twin(attention(p=0.1)))
+    forward, backward = list(lengths)[:2], list(lengths)[2:]
     assert calls == [
-        *(("shrink", 3), ("shrink", 1)),
-        *(("adapter_grads", 1), ("input_grad", 1), ("adapter_grads", 3), ("input_grad", 3)),
+        *[(name, number) for number in (3, 1) for name in forward],
+        *[(name, number) for number in (1, 3) for name in backward],
     ]
 
 
@@ -395,7 +403,7 @@ def test_a_sibling_that_is_never_called_gets_no_gradient_and_holds_no_memory() -
     patched = patched_twin(plain)
     assert [group.names for group in groups(patched)] == [("q_proj", "k_proj", "v_proj")]
     outputs: list[weakref.ref[Tensor]] = []
-    together = siblings.apply_siblings
+    together = siblings.apply_call
 
     def remember(*args):
         ys = together(*args)
@@ -406,7 +414,7 @@ def test_a_sibling_that_is_never_called_gets_no_gradient_and_holds_no_memory() -
         module.__class__ = Shared
         module.shares = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(siblings, "apply_siblings", remember)
+        patch.setattr(siblings, "apply_call", remember)
         ours, peft = run(patched), run(plain)
     assert ours.keys() == peft.keys()
     assert "k_proj.lora_A.default.weight" not in ours
@@ -540,13 +548,34 @@ def test_siblings_that_differ_run_alone(
     for module in (patched, plain):
         torch.manual_seed(7)
         change(module)
-    spy.reset()
-    if change is other_dropout:  # another mask than nn.Dropout's
-        run(patched)
-    else:
-        assert_right(patched, plain)
+    for _ in range(2):  # the call that meets the change may compute the group in vain
+        spy.reset()
+        if change is other_dropout:  # another mask than nn.Dropout's
+            run(patched)
+        else:
+            assert_right(patched, plain)
     assert (spy.fused, spy.together) == (alone, 0)
     assert said in fastlora.explain(patched)
+
+
+def test_siblings_that_always_get_tensors_of_their_own_are_given_up(spy: Spy) -> None:
+    plain = attention()
+    patched = patched_twin(plain)
+    for module in (patched, plain):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            module.get_submodule(name).register_forward_pre_hook(lambda _, args: (args[0] * 1,))
+    calls = 0
+    while not spy.fused or spy.together:  # the others compute each group once for each member
+        spy.reset()
+        assert_right(patched, plain)
+        calls += 1
+        assert calls <= siblings.MAX_MISSED
+    assert spy.fused == 4
+    assert "each was called with a tensor of its own" in fastlora.explain(patched)
+    fastlora.patch(patched)
+    spy.reset()
+    patched(inputs())
+    assert spy.together
 
 
 def test_large_ranks_in_fp32_run_alone(spy: Spy) -> None:

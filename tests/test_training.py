@@ -29,7 +29,7 @@ from training_runs import (
 from whole_models import LINEARS, assert_same, patched_twin
 
 import fastlora
-from fastlora import functional, siblings
+from fastlora import autograd, layers, siblings
 
 
 def with_half_base(model: PeftModel) -> PeftModel:
@@ -207,16 +207,16 @@ def test_everything_that_is_saved_passes_through_the_hooks(
     model = patched_twin(plain, dropout_mask=dropout_mask).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     inputs, nodes = [], []
-    apply = functional.apply_siblings
+    prepared, unprepared = autograd.apply_call, autograd._apply
 
-    def watched(x: Tensor, *args: object) -> tuple[Tensor, ...]:
+    def watched(x: Tensor, ys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inputs.append(StorageWeakRef(x.untyped_storage()))
-        ys = apply(x, *args)
         nodes.extend(y.grad_fn for y in ys)
         return ys
 
-    for module in (functional, siblings):  # linears on their own, and groups
-        monkeypatch.setattr(module, "apply_siblings", watched)
+    for module in (layers, siblings):  # linears on their own, and groups
+        monkeypatch.setattr(module, "apply_call", lambda call, x: watched(x, prepared(call, x)))
+    monkeypatch.setattr(autograd, "_apply", lambda x, *a: watched(x, unprepared(x, *a)))
 
     def pack(saved: Tensor) -> Tensor:
         # Offloading keeps a copy elsewhere; the weights are not offloaded.

@@ -16,7 +16,7 @@ from tiny_models import tiny_peft
 
 import fastlora
 from fastlora import dropout, lora_linear, plans
-from fastlora.functional import apply_siblings
+from fastlora.autograd import apply_siblings
 from fastlora.kernels import tile_config
 
 GPU = torch.cuda.is_available()
@@ -319,10 +319,10 @@ def test_a_patched_qwen_trains_through_the_kernels_as_it_does_without(plan, p):
 
 def test_the_kernels_really_run(monkeypatch):
     """What the tests above compare would also agree if everything went to the plain plan."""
-    from fastlora.kernels import adapter_grads, low_rank_gemm, shrink
+    from fastlora.kernels import input_pass, low_rank_gemm, output_pass, shrink
 
     launched = []
-    for module in (shrink, low_rank_gemm, adapter_grads):
+    for module in (shrink, low_rank_gemm, output_pass, input_pass):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, _Counted(getattr(module, name), name, launched))
     inputs = make_inputs((2, 20, 64, 48, 5, True), (FP16, FP16, None))
@@ -332,7 +332,7 @@ def test_the_kernels_really_run(monkeypatch):
             lora_linear(**inputs, scaling=1.0, dropout_p=0.5).sum().backward()
         thin = int(plan != "plain")
         assert launched.count("_shrink_kernel") == thin
-        assert launched.count("_adapter_grads_kernel") == thin
+        assert launched.count("_output_pass_kernel") == thin
         assert launched.count("_input_pass_kernel") == thin
         # An expanded dy (of sum) is not aligned: its dx goes to cuBLAS, after the masked term.
         assert launched.count("_low_rank_gemm_kernel") == gemms

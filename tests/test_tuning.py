@@ -97,12 +97,12 @@ def test_the_function_takes_a_model(few_candidates, tmp_path, monkeypatch):
     assert len(lines) == len(singles) + len(groups)
     keys = set(tile_config.read_table(path))
     for group in groups:
-        for operation in ("shrink", "output_pass", "input_pass", "input_grad"):
+        for operation in ("shrink", "output_pass", "input_pass", "low_rank_gemm", "input_grad"):
             n, siblings = sum(group.ns), len(group.ns)
             key = tile_config.tile_key(operation, torch.float16, 32, n, group.k, 4, siblings)
             assert key in keys
-    forward = {key.n for key in keys if key.operation == "low_rank_gemm"}
-    assert forward == {shape.n for shape in singles}
+    alone = {key.n for key in keys if key.operation == "low_rank_gemm" and key.siblings == 1}
+    assert alone == {shape.n for shape in singles}
 
 
 @interpreted
@@ -123,40 +123,51 @@ def test_a_group_takes_the_plan_and_the_tiles_that_were_measured_for_it(
     fastlora.tune(shapes=[group], **options)
     monkeypatch.setattr(plans, "interpreting", lambda: True)
     sizes = {"n": 80, "k": 64, "r": 16}
-    for siblings, tile in ((3, TileConfig(32, 32, 32)), (1, None)):
-        found = tile_config.tile_config_for(
-            "input_grad", CPU, torch.float16, 64, **sizes, siblings=siblings
-        )
-        assert (found == tile) == (tile is not None)
-    for siblings, plan in ((3, winner), (1, "hybrid")):
-        arguments = ("input_grad", CPU, torch.float16, 64, 80, 64, 16, True, siblings)
-        assert plans._automatic(*arguments) == plan
+    for operation in ("low_rank_gemm", "input_grad"):
+        for siblings, tile in ((3, TileConfig(32, 32, 32)), (1, None)):
+            found = tile_config.tile_config_for(
+                operation, CPU, torch.float16, 64, **sizes, siblings=siblings
+            )
+            assert (found == tile) == (tile is not None)
+        for siblings, plan in ((3, winner), (1, "hybrid")):
+            arguments = (operation, CPU, torch.float16, 64, 80, 64, 16, True, siblings)
+            assert plans._automatic(*arguments) == plan
 
 
 @interpreted
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_what_is_timed_as_fused_and_as_hybrid_computes_the_same(p):
-    for shape, operations in (
-        (LinearShape(48, 64), {"low_rank_gemm", "input_grad"}),
-        (GroupShape((48, 16), 64), {"input_grad"}),
-    ):
+    for shape in (LinearShape(48, 64), GroupShape((48, 16), 64)):
         o = tuning._Operands(shape, 32, 16, torch.float16, p, CPU)  # whose masks keep everything
         forms = tuning._gemms(o, torch.float16)
-        assert set(forms) == operations
+        assert set(forms) == {"low_rank_gemm", "input_grad"}
         for operation, (fused, hybrid, base) in forms.items():
-            native = expected(operation, o, torch.float16)
-            exact = expected(operation, o, torch.float64)
-            assert_as_accurate(fused(TileConfig(32, 32, 32)), native, exact, name="fused")
-            assert_as_accurate(hybrid(), native, exact, name="hybrid")
-            assert base().shape == exact.shape
+            native, exact, found, mixed, frozen = (
+                list(results) if isinstance(results, (list, tuple)) else [results]
+                for results in (
+                    expected(operation, o, torch.float16),
+                    expected(operation, o, torch.float64),
+                    fused(TileConfig(32, 32, 32)),
+                    hybrid(),
+                    base(),
+                )
+            )
+            for results in zip(found, native, exact, strict=True):
+                assert_as_accurate(*results, name="fused")
+            for results in zip(mixed, native, exact, strict=True):
+                assert_as_accurate(*results, name="hybrid")
+            assert [each.shape for each in frozen] == [each.shape for each in exact]
 
 
 def expected(operation, o, dtype):
     """Compute a GEMM of the tuned operands by ``reference``, in a dtype."""
     if operation == "low_rank_gemm":
-        x, weight, h, b = (t.to(dtype) for t in (o.x, o.weights[0], o.hs[0], o.lora_bs[0]))
-        return reference.low_rank_gemm(x, weight, None, h, b, 1.5)
-    siblings = zip(o.dys, o.weights, o.hs, o.lora_as, strict=True)
+        siblings = zip(o.weights, o.h, o.lora_bs, strict=True)
+        return [
+            reference.low_rank_gemm(o.x.to(dtype), w.to(dtype), None, h.to(dtype), b.to(dtype), 1.5)
+            for w, h, b in siblings
+        ]
+    siblings = zip(o.dys, o.weights, o.h, o.lora_as, strict=True)
     return sum(reference.input_grad(*(t.to(dtype) for t in each), None) for each in siblings)
 
 

@@ -6,9 +6,10 @@ import copy
 import io
 import json
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,21 +32,30 @@ LINEARS = 14  # of a tiny Qwen2 with all-linear: 2 layers of q, k, v, o, gate, u
 def counting_fused() -> Iterator[list[int]]:
     """Collect how many linears each fused computation was for: one, or a group of siblings."""
     counted: list[int] = []
-    alone, together = layers.apply_lora_linear, siblings.apply_siblings
 
-    def apply_alone(*args: object) -> Tensor:
-        counted.append(1)
-        return alone(*args)
+    def counting(function: Callable[..., Any], siblings_of: Callable[..., int]) -> Any:
+        def counted_call(*args: Any) -> Any:
+            counted.append(siblings_of(*args))
+            return function(*args)
 
-    def apply_together(x: Tensor, weights: tuple[Tensor, ...], *args: object) -> object:
-        counted.append(len(weights))
-        return together(x, weights, *args)
+        return counted_call
 
-    with (
-        mock.patch.object(layers, "apply_lora_linear", apply_alone),
-        mock.patch.object(siblings, "apply_siblings", apply_together),
-    ):
+    with ExitStack() as stack:
+        for module, name, siblings_of in FUSED_CALLS:
+            function = counting(getattr(module, name), siblings_of)
+            stack.enter_context(mock.patch.object(module, name, function))
         yield counted
+
+
+# Where fused computations are called, and of how many linears each is.
+FUSED_CALLS: list[tuple[Any, str, Callable[..., int]]] = [
+    (layers, "apply_call", lambda call, *args: len(call.siblings.weights)),
+    (layers, "apply_scaled", lambda call, *args: len(call.siblings.weights)),
+    (layers, "apply_lora_linear", lambda *args: 1),
+    (siblings, "apply_call", lambda call, *args: len(call.siblings.weights)),
+    (siblings, "apply_scaled", lambda call, *args: len(call.siblings.weights)),
+    (siblings, "apply_siblings", lambda x, weights, *args: len(weights)),
+]
 
 
 def family_peft(family: str, targets: str | list[str], dropout: float) -> PeftModel:

@@ -1,0 +1,64 @@
+"""How tensors lie in memory: matrices, aligned rows, and contiguous tensors to be made.
+
+Nothing here imports triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+
+def as_rows(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Return rows, columns and both strides of a matrix, or of a contiguous ``[..., K]`` as one.
+
+    Making a view of the latter takes the host 1 us; its last dimension is a row all the same.
+    """
+    if tensor.dim() == 2:
+        return *tensor.shape, *tensor.stride()
+    columns = tensor.shape[-1]
+    return tensor.numel() // columns, columns, columns, 1
+
+
+def has_aligned_rows(matrix: Tensor) -> bool:
+    """Return whether rows are contiguous, apart from each other, and start on 16-byte boundaries.
+
+    What whole vectors, and the tensor memory accelerator, need. The rows of an expanded gradient
+    (stride 0) are not apart.
+    """
+    _, columns, row, column = as_rows(matrix)
+    return (
+        column == 1
+        and row >= columns
+        and row * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+def allocator(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Callable[[], Tensor]:
+    """Return a function that makes contiguous tensors without values on the current device.
+
+    What compiled code of torch's own uses takes 0.4 us of the host's time, ``torch.empty`` 1.5. It
+    goes past torch's dispatcher, so it is not for calls that somebody watches.
+    """
+    strides: tuple[int, ...] = ()
+    size = 1
+    for length in reversed(shape):
+        strides = (size, *strides)
+        size *= length or 1
+    fast = _FAST.get(device.type)
+    if fast is None or torch._C._len_torch_dispatch_stack():
+        return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
+    return partial(fast, shape, strides, dtype)
+
+
+_FAST = {
+    device_type: function
+    for device_type in ("cpu", "cuda")
+    if (function := getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}", None))
+}
