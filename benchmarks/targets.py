@@ -45,7 +45,12 @@ from triton.runtime.jit import JITFunction
 from fastlora.kernels import tile_config
 from fastlora.kernels.adapter_grads import adapter_grads
 from fastlora.kernels.input_pass import input_pass
-from fastlora.kernels.low_rank_gemm import input_grad, low_rank_gemm, low_rank_term
+from fastlora.kernels.low_rank_gemm import (
+    input_grad,
+    low_rank_gemm,
+    low_rank_term,
+    prepare_scaled_gemm,
+)
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.tile_config import DeviceLimits, TileConfig
 
@@ -107,6 +112,7 @@ TARGETS = (
 OPERATIONS = ("shrink", "low_rank_gemm", "input_grad", "output_pass", "input_pass")
 # The low-rank term of y and of dx alone: in the hybrid plan cuBLAS adds the frozen product to it.
 TERMS = ("low_rank_term", "input_grad_term")
+SCALED = ("scaled_gemm",)  # DoRA's
 THIN = ("shrink", "output_pass", "input_pass", *TERMS)  # the others are never fused in fp32
 MASKS = ("none", "bits", "seed")
 # A kernel at half of its 255 registers that spills a little is ptxas's choice, to let more programs
@@ -191,6 +197,24 @@ def _low_rank_gemm(case: Case, kind: str) -> None:
     )
 
 
+def _scaled_gemm(case: Case, kind: str) -> None:
+    if kind != case.masks[0]:
+        return
+    operands = (
+        case.empty(case.m, case.k),
+        [case.empty(n, case.k) for n in case.ns],
+        [case.empty(n) for n in case.ns],
+        [case.empty(n, case.r, dtype=case.adapter) for n in case.ns],
+        [1.5] * len(case.ns),
+    )
+    run = prepare_scaled_gemm(*operands, rank_dtype=case.rank_dtype, config=case.config)
+    h = case.stacked(case.m, case.r, dtype=case.rank_dtype)
+    scales = [case.empty(n, dtype=torch.float32) for n in case.ns]
+    ys, unscaled = ([case.empty(case.m, n) for n in case.ns] for _ in range(2))
+    for kept in (None, unscaled):
+        run(operands[0], h, ys, scales, kept)
+
+
 def _low_rank_term(case: Case, kind: str) -> None:
     if kind != case.masks[0]:  # nor does its term alone
         return
@@ -265,6 +289,7 @@ _LAUNCH: Mapping[str, Callable[[Case, str], None]] = {
     "input_grad": _input_grad,
     "output_pass": _output_pass,
     "input_pass": _input_pass,
+    "scaled_gemm": _scaled_gemm,
     "low_rank_term": _low_rank_term,
     "input_grad_term": _input_grad_term,
 }
@@ -273,7 +298,7 @@ _LAUNCH: Mapping[str, Callable[[Case, str], None]] = {
 def default_cases() -> Iterator[Case]:
     """Yield what the default tiles must serve."""
     fp32, fp16 = torch.float32, torch.float16
-    all_plans = (*OPERATIONS, *TERMS)
+    all_plans = (*OPERATIONS, *SCALED, *TERMS)
     for r in (16, 64, 256):
         yield Case(f"bf16 r={r}", r=r, operations=all_plans)
     yield Case("fp16 r=128", r=128, dtype=fp16, adapter=fp16, rank_dtype=fp16, operations=all_plans)

@@ -297,6 +297,7 @@ def check_device(device: torch.device) -> dict[str, str]:
                     stacklevel=2,
                 )
         _failures[device] = failures
+        _start_generation()
     return failures
 
 
@@ -449,6 +450,24 @@ def forget_measurements() -> None:
     """Read the tuned tables again: one of them was written."""
     forget_tiles()
     _decided.cache_clear()
+    _start_generation()
+
+
+def generation() -> int:
+    """Return a number that changes whenever a call may follow another plan than before.
+
+    After tuning, and once a device was checked: before, as while a CUDA graph is captured, it is
+    given no kernels.
+    """
+    return _generation
+
+
+def _start_generation() -> None:
+    global _generation
+    _generation += 1
+
+
+_generation = 0
 
 
 def describe(device: torch.device) -> str:

@@ -136,6 +136,7 @@ class Siblings:
             autocast_dtype(device.type),
             torch.is_grad_enabled(),
             plans.requested(),
+            plans.generation(),
             on_gpu and dtype is torch.float32 and allows_tf32(),
         )
         try:
@@ -163,8 +164,7 @@ class Siblings:
         weight = self.weights[0]
         if autocast is not None and self.lora_as[0].dtype == torch.float64:
             return None
-        usual = x.dtype == weight.dtype == options.dtype and x.device == weight.device
-        if not usual or x.is_inference():
+        if not x.dtype == weight.dtype == options.dtype or x.device != weight.device:
             return None
         if x.numel() == 0 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             return None

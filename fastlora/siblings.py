@@ -113,7 +113,8 @@ class SiblingGroup:
 
     def _compute(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """Compute the outputs of all members, keep those of the others, return the layer's."""
-        if self._missed >= MAX_MISSED:
+        # Inference tensors do not say whether they were changed in place.
+        if self._missed >= MAX_MISSED or x.is_inference():
             return None
         members = self._members(self._parent)
         if members is None:
@@ -190,8 +191,7 @@ class _United:
                 return apply_scaled(call, x, [each.column_scale(own) for each, own in pairs])
             if call is not None:
                 return apply_call(call, x)
-        # Inference tensors do not say whether they were changed in place.
-        if rules.tracing_reason() or self.input_reason(x) or x.is_inference():
+        if rules.tracing_reason() or self.input_reason(x):
             return None
         pairs = zip(self.operands, scalings, strict=True)
         arguments = zip(*[each.arguments(own) for each, own in pairs], strict=True)

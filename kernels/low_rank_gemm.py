@@ -225,7 +225,8 @@ def low_rank_gemm(
     Returns:
         For each ``[M, N_g]`` in the dtype of the weights, rounded once.
     """
-    ys = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
+    m = as_rows(x)[0]
+    ys = [x.new_empty((m, weight.shape[0])) for weight in weights]
     run = prepare_low_rank_gemm(
         x, weights, biases, lora_bs, gains, rank_dtype=h.dtype, aligned=aligned, config=config
     )
@@ -281,9 +282,13 @@ def prepare_scaled_gemm(
     if aligned is None:
         aligned = _are_aligned(x.dtype, [weight.shape[0] for weight in weights], (x, *weights))
     outputs = _outputs(weights, biases, gains)
-    run = _prepare(
-        [x], weights, outputs, _terms(lora_bs), as_rows(x)[0], device=x.device,
-        rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
+    # What is written is compiled in: a launch for either case.
+    run, run_keeping = (
+        _prepare(
+            [x], weights, outputs, _terms(lora_bs), as_rows(x)[0], device=x.device,
+            rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
+        )
+        for _ in range(2)
     )  # fmt: skip
 
     def run_scaled(
@@ -296,7 +301,7 @@ def prepare_scaled_gemm(
         kept: Sequence[Tensor | None] = unscaled or [None] * len(scales)
         each = zip(outputs, scales, kept, strict=True)
         scaled = tuple([output._replace(scale=c, unscaled=u) for output, c, u in each])
-        run((x,), h, None, ys, scaled)
+        (run if unscaled is None else run_keeping)((x,), h, None, ys, scaled)
 
     return run_scaled
 
@@ -458,13 +463,14 @@ def _prepare(
     And of outputs that differ from the given ones in their scales.
     """
     assert len(terms) <= MAX_SIBLINGS, f"{len(terms)} siblings, at most {MAX_SIBLINGS}"
+    rank = terms[0].q.shape[1 if forward else 0]
+    assert all(term.q.shape[1 if forward else 0] == rank for term in terms), "different ranks"
     layouts = [as_rows(left) for left in lefts]
     frozen: tuple[_Frozen, ...] = ()
     for g, right in enumerate(rights):
         _, depth, stride_lm, stride_lk = layouts[0 if forward else g]
         stride_rn, stride_rk = right.stride() if forward else reversed(right.stride())
         frozen += (_Frozen(stride_lm, stride_lk, stride_rn, stride_rk, depth),)
-    rank = terms[0].q.shape[0 if not forward else 1]
     ns = tuple([output.columns for output in outputs])
     dtype = lefts[0].dtype if lefts else rank_dtype
     grid, described, tiles, constants = _settings(

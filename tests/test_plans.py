@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -323,6 +324,34 @@ def test_a_compiler_that_fails_is_a_reason_and_not_an_error(unchecked, monkeypat
     with pytest.warns(RuntimeWarning, match="RuntimeError: ptxas: unsupported architecture"):
         failures = plans.check_device(CPU)
     assert set(failures) == set(plans.KERNELS)
+
+
+@pytest.mark.parametrize("broken", ["the direct launch", "the kernel"])
+def test_a_direct_launch_that_does_not_work_costs_no_plan(unchecked, monkeypatch, broken):
+    """It is switched off for the process; a kernel that is wrong either way stays what it is."""
+    from fastlora.kernels.launch import Launch
+
+    def wrong_result(kernel, device):
+        if Launch.may_be_direct:
+            raise TypeError("function takes exactly 21 arguments (20 given)")
+        return None if broken == "the direct launch" else "h is off by 1.0e+00"
+
+    monkeypatch.setattr(Launch, "may_be_direct", True)
+    monkeypatch.setattr(plans, "_wrong_result", wrong_result)
+    monkeypatch.setattr(plans, "_neutral", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(plans, "device_limits", lambda device: H200)
+    with pytest.warns(RuntimeWarning) as warned:
+        failures = plans.check_device(CUDA)
+    words = [str(warning.message) for warning in warned]
+    if broken == "the direct launch":
+        assert failures == {}
+        assert not Launch.may_be_direct
+        assert len(words) == 1
+        assert "launching past Triton does not work on NVIDIA H200 (TypeError" in words[0]
+    else:
+        assert set(failures) == set(plans.KERNELS)
+        assert Launch.may_be_direct
+        assert not any("past Triton" in each for each in words)
 
 
 def test_explain_names_the_plan_that_is_forced():

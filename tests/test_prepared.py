@@ -263,9 +263,21 @@ def test_unusual_inputs_are_not_prepared(make):
     assert make_siblings().call_for(make(), SCALINGS, P, "bits") is None
 
 
-def test_inference_tensors_are_not_prepared():
+def test_inference_mode_needs_nothing_more():
+    siblings, x = make_siblings(), inputs(5)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        expected = apply_call(call_for(siblings, x), x)
     with torch.inference_mode():
-        assert make_siblings().call_for(torch.randn(5, K), SCALINGS, P, "bits") is None
+        torch.manual_seed(3)
+        assert_same(list(apply_call(call_for(siblings, x * 1), x * 1)), list(expected))
+
+
+def test_what_was_measured_since_is_followed():
+    siblings, x = make_siblings(), inputs(5)
+    call = call_for(siblings, x)
+    plans.forget_measurements()
+    assert call_for(siblings, x) is not call
 
 
 def test_operands_that_have_to_be_cast_are_not_prepared():
