@@ -103,8 +103,9 @@ def test_callback_patches_when_training_begins(
     assert callback.report is None
     losses = train(model, tmp_path, callback)
     assert (spy.fused, spy.peft) == (2 * LINEARS, 0)
-    assert capsys.readouterr().out == ""
+    printed = capsys.readouterr().out  # DeepSpeed has words of its own, where it is installed
     report = fastlora.patch(twin, dropout_mask="recompute")
+    assert str(report).splitlines()[0] not in printed
     assert callback.report == report
     assert train(twin, tmp_path) == losses
     assert len(losses) == 2
