@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlora import dropout, ops
-from fastlora.prepared import Call, Options, autocast_dtype, options_for
+from fastlora.prepared import Call, Options, autocast_dtype, is_current, options_for
 
 DropoutMask = Literal["bits", "recompute"]
 
@@ -53,6 +53,9 @@ def apply_call(call: Call, x: Tensor) -> tuple[Tensor, ...]:
     Returns:
         Of each sibling ``[..., N_g]``.
     """
+    if not is_current(call.device):  # a model that is spread over several
+        with torch.cuda.device(call.device):
+            return apply_call(call, x)
     if torch.is_grad_enabled():
         outputs: tuple[Tensor, ...] = _apply_prepared(call, x, *call.siblings.adapters)
         return outputs
@@ -67,6 +70,9 @@ def apply_scaled(call: Call, x: Tensor, scales: Sequence[Tensor]) -> tuple[Tenso
         x: ``[..., K]``.
         scales: of each sibling ``[N_g]``, fp32; they receive gradients.
     """
+    if not is_current(call.device):
+        with torch.cuda.device(call.device):
+            return apply_scaled(call, x, scales)
     if torch.is_grad_enabled():
         outputs: tuple[Tensor, ...] = _apply_scaled(call, x, *call.siblings.adapters, *scales)
         return outputs
@@ -310,7 +316,8 @@ class _SiblingsFunction(torch.autograd.Function):
                 for g, (dy, bias_dtype) in enumerate(zip(rows, ctx.bias_dtypes, strict=False)):
                     dbiases[g] = None if bias_dtype is None else dy.sum(0, dtype=bias_dtype)
         nothing = (None,) * n
-        return _as_asked(ctx, dys, ((*(None,) * _OPTIONS, dx, None)), nothing, dbiases, das, dbs)
+        before = (*(None,) * _OPTIONS, dx, None)
+        return _as_asked(ctx, dys, before, nothing, dbiases, das, dbs)
 
     @staticmethod
     def _needs(ctx: Any, n: int) -> tuple[_Needs, bool]:

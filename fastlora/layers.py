@@ -37,6 +37,7 @@ class LoRALinear(PeftLinear):
     fastlora_takes_adapter_files: bool = False
     fastlora_last_call: str | None = None  # FUSED, or why it went to peft; None before the first
     fastlora_operands: rules.Operands | None = None  # what the rules found at the last call
+    fastlora_known: tuple[rules.Operands | None, ...] = ()  # and at earlier ones
     fastlora_group: Any = None  # the siblings.SiblingGroup that it is in
 
     @classmethod

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlora import dropout, plain, plans
-from fastlora.kernels.layout import as_rows, has_aligned_rows
+from fastlora.kernels.layout import as_rows, has_aligned_rows, mask_kind
 
 _SCHEMAS = {
     "shrink": (
@@ -133,11 +133,6 @@ def matrix(tensor: Tensor) -> Tensor:
 
 def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [matrix(tensor) for tensor in tensors]
-
-
-def mask_kind(mask: Tensor | None) -> str:
-    """Return ``"none"``, ``"bits"`` or ``"seed"``."""
-    return "none" if mask is None else "bits" if mask.dtype == torch.uint8 else "seed"
 
 
 def _sum_of_rows(matrices: Sequence[Tensor]) -> int:

@@ -245,7 +245,12 @@ def unpatch(model: nn.Module) -> None:
             module.__class__ = LoraModel
         else:
             continue
-        for name in ("fastlora_dropout_mask", "fastlora_last_call", "fastlora_operands"):
+        for name in (
+            "fastlora_dropout_mask",
+            "fastlora_last_call",
+            "fastlora_operands",
+            "fastlora_known",
+        ):
             module.__dict__.pop(name, None)
 
 

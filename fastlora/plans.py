@@ -155,8 +155,10 @@ def plan_for(
         # Kernels take CPU tensors only where they are interpreted, and only on request: the
         # interpreter is a thousand times slower than PyTorch.
         return PLAIN
-    if device not in _failures and failed_kernels(device) is None:
-        return PLAIN
+    if device not in _failures:
+        failed_kernels(device)
+        if device not in _failures:  # nothing is known of it yet, nor to be remembered
+            return PLAIN
     tf32 = dtype == torch.float32 and allows_tf32()
     return _decided(wanted, operation, device, dtype, m, n, k, r, masked, siblings, tf32)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlora import dropout, ops, plans, reference
-from fastlora.kernels.layout import allocator
+from fastlora.kernels.layout import allocator, are_as_before, look_at, mask_kind
 from fastlora.kernels.tile_config import allows_tf32
 
 # Kinds of input that are remembered for a group. Batches of many lengths take turns; beyond it all
@@ -81,9 +81,10 @@ class Siblings:
         lora_bs: of each ``[N_g, R]``, likewise.
         scaled: the columns of the outputs are scaled before the bias is added (DoRA).
         adapters: ``lora_as`` and ``lora_bs``, flat.
+        facts: what weights and adapters looked like (``layout.py``).
     """
 
-    __slots__ = ("_calls", "adapters", "biases", "lora_as", "lora_bs", "scaled", "weights")
+    __slots__ = ("_calls", "adapters", "biases", "facts", "lora_as", "lora_bs", "scaled", "weights")
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class Siblings:
         self.weights, self.biases, self.scaled = weights, biases, scaled
         self.lora_as, self.lora_bs = lora_as, lora_bs
         self.adapters = (*lora_as, *lora_bs)
+        self.facts = look_at((*weights, *self.adapters))
         self._calls: dict[tuple[Any, ...], Call | None] = {}
 
     @classmethod
@@ -116,28 +118,21 @@ class Siblings:
 
         It is usual only if every rule about inputs is kept: callers ask them after a ``None``.
         """
-        # Kernels read whole vectors; another device would have to be made the current one.
-        device, shape, dtype = x.device, x.shape, x.dtype
-        on_gpu = device.type == "cuda"
-        if (
-            not x.is_contiguous()
-            or x.data_ptr() % 16
-            or ops.is_watched(x)
-            or (on_gpu and device.index != torch.cuda.current_device())
-        ):
+        # Kernels read whole vectors.
+        if ops.is_watched(x) or not x.is_contiguous() or x.data_ptr() % 16:
             return None
+        device = x.device
+        autocast = autocast_dtype(device.type)
         key = (
-            shape,
-            dtype,
+            x.shape,
+            x.dtype,
             device,
             scalings,
             dropout_p,
             dropout_mask,
-            autocast_dtype(device.type),
+            autocast,
             torch.is_grad_enabled(),
-            plans.requested(),
-            plans.generation(),
-            on_gpu and dtype is torch.float32 and allows_tf32(),
+            self.circumstances(x, autocast),
         )
         try:
             return self._calls[key]
@@ -145,8 +140,17 @@ class Siblings:
             call = self._prepare(x, *key[3:8])
         if len(self._calls) >= MAX_CALLS:
             self._calls.clear()
-        self._calls[key] = call
+        # The first call of a device checks it, after which circumstances are others.
+        self._calls[(*key[:-1], self.circumstances(x, autocast))] = call
         return call
+
+    def circumstances(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Any, ...]:
+        """Return what the plans of a pass, and the precision of its products, depend on."""
+        fp32 = x.dtype is torch.float32 or (
+            autocast is None and self.lora_as[0].dtype is torch.float32
+        )
+        tf32 = fp32 and x.device.type == "cuda" and allows_tf32()
+        return plans.requested(), plans.generation(), tf32
 
     def _prepare(
         self,
@@ -180,23 +184,26 @@ class Call:
     Attributes:
         siblings: the group.
         options: of the call.
+        device: of everything.
     """
 
     __slots__ = (
-        "_adapter_grads",
-        "_device",
+        "_autocast",
+        "_backward",
         "_gemm",
-        "_input_grad",
         "_new_dx",
         "_new_ys",
+        "_shape",
         "_shrink",
+        "device",
         "options",
         "siblings",
     )
 
     def __init__(self, siblings: Siblings, x: Tensor, options: Options) -> None:
         self.siblings, self.options = siblings, options
-        self._device = x.device
+        self.device, self._shape = x.device, x.shape
+        self._autocast = autocast_dtype(x.device.type)
         gains, p, save_bits, dtype, rank_dtype = options
         self._shrink = ops.prepare_shrink(
             x, siblings.lora_as, p, dropped=p > 0.0, return_bits=save_bits, rank_dtype=rank_dtype
@@ -209,12 +216,12 @@ class Call:
             allocator((*lead, weight.shape[0]), dtype, x.device) for weight in siblings.weights
         ]
         self._new_dx = allocator((*lead, x.shape[-1]), dtype, x.device)
-        self._adapter_grads: ops.AdapterGrads | None = None
-        self._input_grad: ops.InputGrad | None = None
+        # By the circumstances of a backward pass, which are its own.
+        self._backward: dict[Any, tuple[ops.AdapterGrads, ops.InputGrad]] = {}
 
     def forward(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """Return the outputs, ``h``, and the dropout mask (its bits, or the seed)."""
-        seed = dropout.draw_seed(self._device) if self.options.dropout_p else None
+        seed = dropout.draw_seed(self.device) if self.options.dropout_p else None
         h, bits = self._shrink(x, seed)
         ys = tuple([new_y() for new_y in self._new_ys])
         self._gemm(x, h, ys)
@@ -242,26 +249,32 @@ class Call:
 
         Hooks on saved tensors (offloading) may have put others in the place of what was saved.
         """
-        dtype = self.options.dtype
+        siblings, (_, _, _, dtype, rank_dtype) = self.siblings, self.options
+        if ops.is_watched(x) or not is_current(self.device):
+            return False
         for dy in dys:
             if dy is None or dy.dtype is not dtype or not dy.is_contiguous() or dy.data_ptr() % 16:
                 return False
-        siblings = self.siblings
         for own, saved in zip((*siblings.weights, *siblings.adapters), operands, strict=True):
             if own is not saved:
                 return False
+        if x.dtype is not dtype or x.shape != self._shape or h.dtype is not rank_dtype:
+            return False
         for saved in (x, h) if mask is None else (x, h, mask):
-            if not saved.is_contiguous() or saved.data_ptr() % 16:
+            if not saved.is_contiguous() or saved.data_ptr() % 16 or saved.device != self.device:
                 return False
-        return not ops.is_watched(x)
+        return are_as_before(siblings.facts)
 
     def backward(
         self, dys: Sequence[Tensor], x: Tensor, h: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """Return the gradients of ``x``, of every ``lora_a`` and of every ``lora_b``."""
-        adapter_grads, input_grad = self._adapter_grads, self._input_grad
-        if adapter_grads is None or input_grad is None:
+        circumstances = self.siblings.circumstances(x, self._autocast)
+        try:
+            adapter_grads, input_grad = self._backward[circumstances]
+        except KeyError:
             adapter_grads, input_grad = self._prepare_backward(dys, x, mask)
+            self._backward = {circumstances: (adapter_grads, input_grad)}
         dh, das, dbs = adapter_grads(dys, x, h, mask)
         dx = self._new_dx()
         input_grad(dys, dh, mask, dx)
@@ -271,8 +284,8 @@ class Call:
         self, dys: Sequence[Tensor], x: Tensor, mask: Tensor | None
     ) -> tuple[ops.AdapterGrads, ops.InputGrad]:
         siblings, (gains, p, _, dtype, rank_dtype) = self.siblings, self.options
-        kind = ops.mask_kind(mask)
-        self._adapter_grads = ops.prepare_adapter_grads(
+        kind = mask_kind(mask)
+        adapter_grads = ops.prepare_adapter_grads(
             dys,
             x,
             siblings.lora_bs,
@@ -282,7 +295,7 @@ class Call:
             rank_dtype=rank_dtype,
             grad_dtype=siblings.lora_as[0].dtype,
         )
-        self._input_grad = ops.prepare_input_grad(
+        input_grad = ops.prepare_input_grad(
             dys,
             siblings.weights,
             siblings.lora_as,
@@ -291,4 +304,9 @@ class Call:
             rank_dtype=rank_dtype,
             grad_dtype=dtype,
         )
-        return self._adapter_grads, self._input_grad
+        return adapter_grads, input_grad
+
+
+def is_current(device: torch.device) -> bool:
+    """Return whether launches go to a device as it stands."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()

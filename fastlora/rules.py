@@ -1,10 +1,10 @@
 """When a LoRA layer is fused, and what it remembers of having been asked.
 
-``state_reason`` and ``call_reason`` are the rules: why a layer, or one call of it, is left to
-peft. They are asked at every call, because device, dtype, autocast and the state of the adapters
-all change after ``patch``. Walking through them takes the host three times as long as an
-``nn.Linear``, so what they looked at is remembered in ``Operands``; comparing it again takes a
-third of one.
+``state_reason`` and ``input_reason`` are the rules: why a layer, or one call of it, is left to
+peft. They hold for one call, because device, dtype, autocast and the state of the adapters all
+change after ``patch``. Walking through them takes the host three times as long as an ``nn.Linear``,
+so what they looked at is remembered in ``Operands``, and compared again at every call, which takes
+a third of one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import dora
 from fastlora.functional import FLOAT_DTYPES
+from fastlora.kernels.layout import Facts, are_as_before, look_at
 from fastlora.prepared import Siblings
 
 # Keyword arguments that peft's hooks pass to every layer; None means that nothing was asked for.
@@ -37,6 +38,7 @@ _SETTINGS = itemgetter(
     "lora_variant",
 )
 _CHILDREN = itemgetter("base_layer", "lora_A", "lora_B", "lora_dropout")
+_HOOKS_OF = itemgetter(*_HOOKS)
 # torch fills these dictionaries and never replaces them.
 _GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{name}") for name in _HOOKS)
 # peft's hotswap to another rank leaves a bare Tensor where the Parameter was.
@@ -56,14 +58,12 @@ class _Adapter:
         "lora_bias",
         "magnitude",
         "name",
-        "variant",
     )
 
     def __init__(self, layer: PeftLinear, name: str) -> None:
         self.name = name
         self.a, self.b = layer.lora_A[name], layer.lora_B[name]
         self.dropout = layer.lora_dropout[name]
-        self.variant = layer.lora_variant.get(name)
         self.lora_a, self.lora_b, self.lora_bias = self.a.weight, self.b.weight, self.b.bias
         # DoRA's, or None.
         self.magnitude = layer.lora_magnitude_vector[name] if is_dora(layer, name) else None
@@ -87,11 +87,11 @@ class Operands:
     """
 
     __slots__ = (
+        "_bias_is_trained",
         "_children",
         "_contents",
         "_dropouts",
         "_facts",
-        "_hooks",
         "_leaves",
         "_names",
         "_settings",
@@ -128,25 +128,37 @@ class Operands:
             *(tensor for each in self.adapters for tensor in (each.lora_a, each.lora_b)),
             *(tensor for tensor in optional if tensor is not None),
         )
-        self._facts: tuple[tuple[Any, ...], ...] | None = None  # not remembered
+        self._facts: Facts | None = None  # not remembered
         self.siblings: Siblings | None = None
 
     def remember(self, layer: PeftLinear) -> bool:
         """Look at what ``hold`` compares; returns whether it holds, so that it can be relied on."""
-        try:
-            self._facts = tuple(
-                (t, type(t), t.dtype, t.device, t.shape, t.data_ptr() % 16) for t in self.tensors
-            )
-        except RuntimeError:  # torch.func's tensors have no memory
-            return False
         if any(tensor.numel() == 1 for tensor in self.tensors):
             return False  # two of them may be equal, and not the same
+        try:
+            self._facts = look_at(self.tensors)
+        except RuntimeError:  # torch.func's tensors have no memory
+            return False
+        self._bias_is_trained = self.bias is not None and self.bias.requires_grad
         self._look_at(layer)
         if len(self.adapters) == 1 and self.adapters[0].lora_bias is None and not self._transposed:
             first, scaled = self.adapters[0], self.magnitude is not None
             adapter = ((first.lora_a,), (first.lora_b,))
             self.siblings = Siblings((self.weight,), (self.bias,), *adapter, scaled=scaled)
         return self.hold(layer)
+
+    def is_of(self, layer: PeftLinear) -> bool:
+        """Return whether the layer still has all the modules it had, whichever are active."""
+        try:
+            return _CHILDREN(layer._modules) == self._children and self._contents_hold()
+        except (KeyError, RuntimeError):  # as in modules_hold
+            return False
+
+    def _contents_hold(self) -> bool:
+        for now, then in self._contents:
+            if now != then:
+                return False
+        return True
 
     def _look_at(self, layer: PeftLinear) -> None:
         active = layer._active_adapter
@@ -160,7 +172,6 @@ class Operands:
             leaves += (each.a, each.b, each.dropout)
         self._leaves = tuple((leaf, type(leaf), leaf.__dict__) for leaf in leaves)
         # From here on the dictionaries themselves: torch fills them and never replaces them.
-        self._hooks = tuple(getattr(leaf, name) for leaf in leaves for name in _HOOKS)
         contents = [child._modules for child in children[1:]]
         contents += [leaf._parameters for leaf in leaves]
         self._contents = tuple((each, dict(each)) for each in contents if each)
@@ -192,15 +203,18 @@ class Operands:
             _SETTINGS(own) != self._settings
             or _CHILDREN(own["_modules"]) != self._children
             or "forward" in own
-            or any(self._hooks)
             or any(_GLOBAL_HOOKS)
         ):
             return False
-        for now, then in self._contents:
-            if now != then:
-                return False
+        if not self._contents_hold():
+            return False
         for leaf, kind, of_leaf in self._leaves:
-            if type(leaf) is not kind or "forward" in of_leaf or "_hf_hook" in of_leaf:
+            if (
+                type(leaf) is not kind
+                or any(_HOOKS_OF(of_leaf))  # users do replace those
+                or "forward" in of_leaf
+                or "_hf_hook" in of_leaf
+            ):
                 return False
         scaling = own["scaling"]
         for name in self._names:
@@ -217,22 +231,13 @@ class Operands:
         )
 
     def tensors_hold(self) -> bool:
-        """Return whether the tensors lie in memory as they did, wherever that is.
-
-        ``x.data = y`` (model.to, FSDP, ZeRO) and swap_tensors keep the object and change the rest.
-        """
+        """Return whether the tensors look as they did, wherever they lie now."""
         if self._facts is None or self.weight.requires_grad:
             return False
-        for tensor, kind, dtype, device, shape, offset in self._facts:
-            if (
-                type(tensor) is not kind
-                or tensor.dtype is not dtype
-                or tensor.device != device
-                or tensor.shape != shape
-                or tensor.data_ptr() % 16 != offset  # kernels read whole vectors of aligned ones
-            ):
-                return False
-        return True
+        bias = self.bias
+        if bias is not None and bias.requires_grad is not self._bias_is_trained:
+            return False
+        return are_as_before(self._facts)
 
     def dropout_p(self) -> float:
         """Return the dropout of a call made now; of several adapters the largest."""
@@ -313,13 +318,24 @@ def _nothing() -> None:
 
 def operands(layer: PeftLinear) -> Operands | str:
     """Return what a fused call of the layer reads, or why the layer is left to peft."""
-    remembered: Operands | None = layer.__dict__.get("fastlora_operands")
+    own = layer.__dict__
+    remembered: Operands | None = own.get("fastlora_operands")
     if remembered is not None and remembered.hold(layer):
         return remembered
-    found = operands_now(layer)
-    remember = isinstance(found, Operands) and found.remember(layer)
-    layer.__dict__["fastlora_operands"] = found if remember else None
+    # Of adapters that take turns, and while they are disabled, what was prepared is kept.
+    known: list[Operands] = [
+        each for each in own.get("fastlora_known", ()) if each is not None and each.is_of(layer)
+    ]
+    found = next((each for each in known if each.hold(layer)), None) or operands_now(layer)
+    if isinstance(found, Operands) and (found in known or found.remember(layer)):
+        others = [each for each in known if each is not found]
+        own["fastlora_operands"], own["fastlora_known"] = found, [found, *others][:MAX_KNOWN]
+    else:
+        own["fastlora_operands"], own["fastlora_known"] = None, known
     return found
+
+
+MAX_KNOWN = 4  # adapters of a layer that take turns without being asked about anew
 
 
 def operands_now(layer: PeftLinear) -> Operands | str:

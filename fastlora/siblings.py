@@ -51,6 +51,7 @@ class SiblingGroup:
         self._parent: nn.Module | None = None
         self._pending: _Pending | None = None
         self._united: _United | None = None
+        self._known: list[_United] = []  # of adapters that take turns
         self._missed = 0  # outputs in a row that were for another tensor than their layer got
 
     def enter(self, parent: nn.Module) -> None:
@@ -114,17 +115,17 @@ class SiblingGroup:
     def _compute(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """Compute the outputs of all members, keep those of the others, return the layer's."""
         # Inference tensors do not say whether they were changed in place.
-        if self._missed >= MAX_MISSED or x.is_inference():
+        if self._missed >= MAX_MISSED or not isinstance(x, Tensor) or x.is_inference():
             return None
         members = self._members(self._parent)
         if members is None:
-            self._united = None  # it would keep the weights of replaced layers alive
+            self._united, self._known = None, []  # they keep replaced layers alive
             return None
         if layer not in members:
             return None
         united = self._united
         if united is None or not united.holds(members, layer):
-            self._united = united = _unite(members)
+            self._united = united = self._unite(members)
         if united is None or united.difference is not None:
             return None
         p = united.dropout_p()
@@ -147,6 +148,23 @@ class SiblingGroup:
         self._pending = _Pending(x, p, outputs)
         return result
 
+    def _unite(self, members: list[LoRALinear]) -> _United | None:
+        """Ask the rules for every member; returns ``None`` if one of them falls back."""
+        found = []
+        for member in members:
+            each = rules.operands(member)
+            # An unremembered one is not to be compared later.
+            if isinstance(each, str) or member.__dict__.get("fastlora_operands") is not each:
+                return None
+            found.append(each)
+        known = [each for each in self._known if each.can_be_of(members)]
+        united = next((each for each in known if each.is_of(found)), None)
+        if united is None:
+            united = _United(members, found)
+        others = [each for each in known if each is not united]
+        self._known = [united, *others][: rules.MAX_KNOWN]
+        return united
+
     def __reduce__(self) -> tuple[Any, ...]:
         return SiblingGroup, (self.names,)
 
@@ -154,10 +172,10 @@ class SiblingGroup:
 class _United:
     """The operands of all members."""
 
-    __slots__ = ("_members", "_siblings", "difference", "has_large_fp32_rank", "operands")
+    __slots__ = ("_siblings", "difference", "has_large_fp32_rank", "members", "operands")
 
     def __init__(self, members: list[LoRALinear], operands: list[rules.Operands]) -> None:
-        self._members, self.operands = members, operands
+        self.members, self.operands = members, operands
         self.difference = _difference(members, operands)  # then each runs alone
         first = operands[0]
         fp32 = first.adapters[0].lora_a.dtype == torch.float32
@@ -167,11 +185,20 @@ class _United:
         if len(alone) == len(operands) and len({each.scaled for each in alone}) == 1:
             self._siblings = Siblings.of(alone)
 
+    def can_be_of(self, members: list[LoRALinear]) -> bool:
+        """Return whether these are its members, and still have what it unites."""
+        pairs = zip(members, self.operands, strict=True)
+        return members == self.members and all(each.is_of(member) for member, each in pairs)
+
+    def is_of(self, operands: list[rules.Operands]) -> bool:
+        """Return whether it unites just these."""
+        return all(one is other for one, other in zip(self.operands, operands, strict=True))
+
     def scalings(self) -> list[tuple[float, ...]] | None:
         """Return the scalings of every member's adapters, or ``None`` if one has no such number."""
         found = []
         try:
-            for member, operands in zip(self._members, self.operands, strict=True):
+            for member, operands in zip(self.members, self.operands, strict=True):
                 found.append(operands.scalings(member))
         except KeyError:  # the adapter was deleted
             return None
@@ -214,7 +241,7 @@ class _United:
         What the rules say of the others is asked when they are called (``_Pending.take``): until
         then it may change.
         """
-        if members != self._members:
+        if members != self.members:
             return False
         for operands in self.operands:
             if not operands.tensors_hold():
@@ -228,18 +255,6 @@ class _United:
             if each.dropout_p() != p:
                 return None
         return p
-
-
-def _unite(members: list[LoRALinear]) -> _United | None:
-    """Ask the rules for every member; returns ``None`` if one of them falls back."""
-    found = []
-    for member in members:
-        each = rules.operands(member)
-        # An unremembered one is not to be compared later.
-        if isinstance(each, str) or member.__dict__.get("fastlora_operands") is not each:
-            return None
-        found.append(each)
-    return _United(members, found)
 
 
 def _difference(members: list[LoRALinear], found: list[rules.Operands]) -> str | None:
@@ -284,6 +299,7 @@ class _Pending:
             or _mode(self.x, self._device) != self._mode
             or operands.versions() != versions
             or not operands.modules_hold(layer)
+            or operands.weight.requires_grad
             or operands.dropout_p() != self._p
             or operands.scalings(layer) != scalings
         ):

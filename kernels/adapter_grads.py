@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .input_pass import input_pass, prepare_input_pass
-from .layout import allocator, as_rows
+from .input_pass import prepare_input_pass
+from .layout import allocator, as_rows, mask_kind
 from .output_pass import prepare_output_pass
-from .philox import mask_kind
-from .shrink import shrink
+from .shrink import prepare_shrink
 from .tile_config import TileConfig
 
 Grads = tuple[Tensor, "list[Tensor] | None", "list[Tensor] | None"]
@@ -109,6 +108,10 @@ def prepare_adapter_grads(
         together = prepare_output_pass(
             dys, lora_bs, gains, rank_dtype=rank_dtype, grad_dtype=grad_dtype, config=output_config
         )
+    apart = []
+    if together is None:
+        for each in zip(dys, lora_bs, gains, strict=True):
+            apart.append(_prepare_alone(*each, need_dh, need_db, rank_dtype, grad_dtype))
     over_x = new_da = None
     if x is not None:
         k = as_rows(x)[1]
@@ -131,7 +134,15 @@ def prepare_adapter_grads(
         if together is not None and h is not None:
             dh, dbs = together(dys, h)
         else:
-            dh, dbs = _one_by_one(dys, h, lora_bs, gains, need_dh, rank_dtype, grad_dtype)
+            dhs, dbs = [], []
+            for g, (alone, dy) in enumerate(zip(apart, dys, strict=True)):
+                own_dh, own_db = alone(dy, None if h is None else h[g : g + 1])
+                dhs.append(own_dh)
+                if own_db is not None:
+                    dbs.append(own_db)
+            # A copy of M R numbers a sibling, beside passes over M N of them.
+            dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs)
+            dbs = dbs or None
         if x is None or over_x is None or new_da is None:
             return dh, None, dbs
         das = [new_da() for _ in dys]
@@ -141,42 +152,68 @@ def prepare_adapter_grads(
     return run
 
 
-def _one_by_one(
-    dys: Sequence[Tensor],
-    h: Tensor | None,
-    lora_bs: Sequence[Tensor],
-    gains: Sequence[float],
+def _prepare_alone(
+    dy: Tensor,
+    lora_b: Tensor,
+    gain: float,
     need_dh: bool,
+    need_db: bool,
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor] | None]:
-    """Return every ``dh`` and ``dB``, each sibling by itself: one alone may fit in one pass."""
-    dhs, dbs = [], []
-    for g, (dy, lora_b, gain) in enumerate(zip(dys, lora_bs, gains, strict=True)):
-        own_h = None if h is None else h[g : g + 1]
-        if len(dys) > 1:
-            grads = adapter_grads(
-                [dy],
-                None,
-                own_h,
-                [lora_b],
-                None,
-                [gain],
-                need_dh=need_dh,
-                rank_dtype=rank_dtype,
-                grad_dtype=grad_dtype,
-            )
-            dhs.append(grads[0])
-            dbs += grads[2] or []
-            continue
-        n, rank = lora_b.shape
-        if need_dh:
-            dhs.append(shrink(dy, [lora_b.t()], rank_dtype=rank_dtype, gain=gain)[0])
-        else:
-            dhs.append(dy.new_empty((1, 0, rank), dtype=rank_dtype))
-        if own_h is not None:
-            dbs.append(dy.new_empty((n, rank), dtype=grad_dtype))
-            input_pass(dy, own_h, [dbs[0].t()], gain=gain, rank_dtype=rank_dtype)
-    # A copy of M R numbers a sibling, beside passes over M N of them.
-    dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs)
-    return dh, None if h is None else dbs
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Return ``dh`` and ``dB`` of one sibling as a function of its dy and ``h [1, M, R]``.
+
+    One sibling may fit in one pass where all together do not.
+    """
+    n, rank = lora_b.shape
+    if need_dh and need_db:
+        one_pass = prepare_output_pass(
+            [dy], [lora_b], [gain], rank_dtype=rank_dtype, grad_dtype=grad_dtype
+        )
+        if one_pass is not None:
+            return _of_one(one_pass)
+    over_dy = to_db = None
+    if need_dh:
+        over_dy = prepare_shrink(
+            dy,
+            [lora_b],
+            dropped=False,
+            return_bits=False,
+            rank_dtype=rank_dtype,
+            gain=gain,
+            transposed=True,
+        )
+    if need_db:
+        to_db = prepare_input_pass(
+            dy,
+            rank,
+            [(1, rank)],  # dB [N, R] is the transpose of what the pass writes
+            "none",
+            0,
+            gain=gain,
+            dh_dtype=rank_dtype,
+            rank_dtype=rank_dtype,
+        )
+    new_db = allocator((n, rank), grad_dtype, dy.device)
+    no_dh = allocator((1, 0, rank), rank_dtype, dy.device)
+
+    def run(dy: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dh = no_dh() if over_dy is None else over_dy(dy, None)[0]
+        if to_db is None or h is None:
+            return dh, None
+        db = new_db()
+        to_db(dy, h, None, (db.t(),))
+        return dh, db
+
+    return run
+
+
+def _of_one(
+    one_pass: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, list[Tensor]]],
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    def run(dy: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert h is not None  # dB is wanted
+        dh, (db,) = one_pass([dy], h)
+        return dh, db
+
+    return run

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .dtypes import dot, dot_precision, triton_dtype
 from .launch import Launch
-from .layout import allocator, as_rows
+from .layout import allocator, as_rows, mask_kind
 from .partial_sums import PartialSum, prepare_sums
-from .philox import expand_bits, load_bits, mask_kind
+from .philox import expand_bits, load_bits
 from .tile_config import (
     TileConfig,
     cached_by_shape,

@@ -5,7 +5,7 @@ Nothing here imports triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -62,3 +62,37 @@ _FAST = {
     for device_type in ("cpu", "cuda")
     if (function := getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}", None))
 }
+
+
+def mask_kind(mask: Tensor | None) -> str:
+    """Return what a dropout mask is: ``"none"``, ``"bits"`` (bytes) or ``"seed"`` (one int64)."""
+    return "none" if mask is None else "bits" if mask.dtype == torch.uint8 else "seed"
+
+
+# Of a tensor: itself, type, dtype, device, shape, strides, and its address modulo 16.
+Facts = tuple[tuple[Tensor, type, torch.dtype, torch.device, torch.Size, tuple[int, ...], int], ...]
+
+
+def look_at(tensors: Sequence[Tensor]) -> Facts:
+    """Return what a prepared launch takes for granted of tensors; see ``are_as_before``."""
+    return tuple(
+        [(t, type(t), t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors]
+    )
+
+
+def are_as_before(facts: Facts) -> bool:
+    """Return whether tensors look as they did, wherever they lie now.
+
+    ``x.data = y`` (model.to, FSDP, ZeRO) and swap_tensors keep the object and change the rest.
+    """
+    for tensor, kind, dtype, device, shape, strides, offset in facts:
+        if (
+            tensor.dtype is not dtype
+            or tensor.shape != shape
+            or tensor.stride() != strides
+            or tensor.data_ptr() % 16 != offset  # kernels read whole vectors of aligned ones
+            or tensor.device != device
+            or type(tensor) is not kind
+        ):
+            return False
+    return True

@@ -34,8 +34,8 @@ from torch import Tensor
 from .dtypes import dot_precision
 from .gemm_tile import column_parts, frozen_product, low_rank_product
 from .launch import Launch, describe, form_of
-from .layout import as_rows, has_aligned_rows
-from .philox import expand_bits, load_bits, mask_kind
+from .layout import as_rows, has_aligned_rows, mask_kind
+from .philox import expand_bits, load_bits
 from .tile_config import (
     TileConfig,
     cached_by_shape,
@@ -464,7 +464,9 @@ def _prepare(
     """
     assert len(terms) <= MAX_SIBLINGS, f"{len(terms)} siblings, at most {MAX_SIBLINGS}"
     rank = terms[0].q.shape[1 if forward else 0]
-    assert all(term.q.shape[1 if forward else 0] == rank for term in terms), "different ranks"
+    assert all(term.q.shape[1 if forward else 0] == rank for term in terms), (
+        "siblings of different ranks"
+    )
     layouts = [as_rows(left) for left in lefts]
     frozen: tuple[_Frozen, ...] = ()
     for g, right in enumerate(rights):

@@ -11,15 +11,8 @@ or loaded, so that the two cannot differ: 10 instructions an element when drawn,
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-
-def mask_kind(mask: Tensor | None) -> str:
-    """Return the kernels' MASK: bits of every sibling are bytes, a seed is one int64."""
-    return "none" if mask is None else "bits" if mask.dtype == torch.uint8 else "seed"
 
 
 @triton.jit

@@ -162,15 +162,19 @@ def prepare_shrink(
     rank_dtype: torch.dtype,
     return_bits: bool,
     gain: float = 1.0,
+    transposed: bool = False,
     config: TileConfig | None = None,
 ) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """Return ``shrink`` for these adapters, as a function of ``x`` and the seed alone.
 
-    It may be called with any ``x`` that is laid out in memory as this one.
+    It may be called with any ``x`` that is laid out in memory as this one. ``transposed``: the
+    adapters are given as ``[K, R]`` (no view of them is kept, whose memory might be replaced).
     """
     m, k, stride_xm, stride_xk = as_rows(x)
-    siblings, rank = len(lora_as), lora_as[0].shape[0]
-    assert all(a.shape[0] == rank for a in lora_as), "siblings of different ranks"
+    siblings, rank = len(lora_as), lora_as[0].shape[1 if transposed else 0]
+    assert all(a.shape[1 if transposed else 0] == rank for a in lora_as), (
+        "siblings of different ranks"
+    )
     grid, columns, constants = _settings(
         config,
         x.device,
@@ -185,7 +189,10 @@ def prepare_shrink(
     )
     splits = grid[1]
     launch = Launch(_shrink_kernel, grid, constants)
-    adapters = tuple([_Adapter(a, *a.stride()) for a in lora_as])
+    adapters: tuple[_Adapter, ...] = ()
+    for a in lora_as:
+        stride_ar, stride_ak = reversed(a.stride()) if transposed else a.stride()
+        adapters += (_Adapter(a, stride_ar, stride_ak),)
     scalars = (adapters, m, k, rank, columns, stride_xm, stride_xk, gain, threshold)
     device, shape = x.device, (siblings, m, rank)
     new_h = allocator(shape, rank_dtype, device)

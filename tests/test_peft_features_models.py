@@ -215,7 +215,8 @@ def test_unsupported_device_falls_back(
     with monkeypatch.context() as patched:
         patched.setattr(rules, "_DEVICES", frozenset(("another",)))
         for layer in linears(fused):
-            layer.__dict__.pop("fastlora_operands")  # no device ceases to be supported in reality
+            for name in ("fastlora_operands", "fastlora_known"):
+                layer.__dict__.pop(name)  # no device ceases to be supported in reality
         assert rules.state_reason(linears(fused)[0]) is not None
         reason = f"falls back to peft: fastlora has no implementation for {device.type}"
         assert_falls_back(spy, fused, plain, reason, inputs().to(device))

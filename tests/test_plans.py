@@ -310,9 +310,17 @@ def test_a_check_that_ran_out_of_memory_is_made_again(unchecked, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError
 
+    plans.forget_measurements()
+    before = plans.generation()
     monkeypatch.setattr(plans, "_wrong_result", fail)
     assert set(plans.check_device(CPU)) == set(plans.KERNELS)
-    monkeypatch.setattr(plans, "_wrong_result", lambda *_: None)
+    with fastlora.backend("fused"):
+        assert plan("low_rank_gemm", CPU) == "plain"
+        assert plans.generation() == before
+        monkeypatch.setattr(plans, "_wrong_result", lambda *_: None)
+        if plans.interpreting():  # on a CPU nothing else asks
+            assert plan("low_rank_gemm", CPU) == "fused"
+            assert plans.generation() > before
     assert plans.check_device(CPU) == {}
 
 

@@ -6,10 +6,13 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model, tiny_peft, token_ids
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -409,3 +412,185 @@ def test_the_environment_is_read_at_each_call(monkeypatch):
     call = call_for(siblings, x)
     monkeypatch.setenv(plans.ENVIRONMENT, "hybrid")
     assert call_for(siblings, x) is not call
+
+
+# What may change between two calls, or between a forward pass and its backward
+
+
+def make_layer(dtype: torch.dtype = torch.float32, **options: object) -> fastlora.LoRALinear:
+    linear = nn.Linear(K, 16, dtype=dtype)
+    return fastlora.LoRALinear.from_linear(linear, r=R, init_lora_weights=False, **options)
+
+
+@pytest.mark.parametrize("plan", ["plain", "hybrid", "fused"])
+@pytest.mark.parametrize("which", ["base_layer", "lora_A", "lora_B"])
+def test_weights_that_are_laid_out_anew_are_noticed(which, plan):
+    layer, x = make_layer(), inputs(8)
+    module = layer.base_layer if which == "base_layer" else getattr(layer, which)["default"]
+
+    def run() -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.sum(), [x, *adapters_of(layer)])]
+
+    with fastlora.backend(plan):
+        expected = run()
+        module.weight.data = module.weight.data.t().contiguous().t()
+        for one, two in zip(run(), expected, strict=True):
+            assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def adapters_of(layer: fastlora.LoRALinear) -> list[Tensor]:
+    return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+
+def test_a_bias_that_is_trained_from_now_on_gets_its_gradient():
+    layer, x = make_layer(), inputs(5)
+    layer(x).sum().backward()
+    layer.base_layer.bias.requires_grad_(True)
+    layer(x).sum().backward()
+    assert torch.equal(layer.base_layer.bias.grad, torch.full((16,), 5.0))
+    layer.base_layer.bias.requires_grad_(False)
+    layer.base_layer.bias.grad = None
+    layer(x).sum().backward()
+    assert layer.base_layer.bias.grad is None
+
+
+def test_transforms_work_on_a_layer_that_ran_before():
+    layer, x = make_layer(), inputs(5).detach()
+    expected = layer(x)
+    assert torch.allclose(torch.func.vmap(layer)(x), expected, atol=1e-6)
+    (grad,) = torch.autograd.grad(layer(x.requires_grad_()).sum(), x)
+    found = torch.func.grad(lambda x: layer(x).sum())(x.detach())
+    assert torch.allclose(found, grad, atol=1e-6)
+
+
+@pytest.fixture
+def kernels_launched(monkeypatch):
+    from fastlora.kernels.launch import Launch
+
+    launched = []
+    call = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *a: launched.append(1) or call(self, *a))
+    return launched
+
+
+@pytest.mark.skipif(not plans.interpreting(), reason="runs on the interpreter")
+def test_a_backward_pass_follows_the_plan_of_its_own_time(kernels_launched):
+    siblings, x = make_siblings(), inputs(5)
+
+    def backward(plan):
+        kernels_launched.clear()
+        with fastlora.backend(plan):
+            ys[0].sum().backward(retain_graph=True, inputs=[x])
+            torch.autograd.backward([y.sum() for y in ys], inputs=[x], retain_graph=True)
+        return len(kernels_launched)
+
+    with fastlora.backend("fused"):
+        ys = by_call()(siblings, x)
+        first = backward("fused")
+        assert first
+        assert backward("plain") == 0
+        assert backward("fused") == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda saved: saved.double(), id="another-dtype"),
+        pytest.param(lambda saved: saved.mT.contiguous().mT, id="another-layout"),
+    ],
+)
+def test_saved_tensors_that_come_back_changed_are_not_for_prepared_passes(change):
+    siblings, x = make_siblings(), inputs(5)
+    call = call_for(siblings, x)
+    with torch.no_grad():
+        ys, h, mask = call.forward(x)
+    operands = (*siblings.weights, *siblings.adapters)
+    dys = [torch.randn_like(y) for y in ys]
+    assert call.fits(dys, x, h, mask, *operands)
+    assert not call.fits(dys, change(x), h, mask, *operands)
+    assert not call.fits(dys, x, change(h), mask, *operands)
+    assert not call.fits([dys[0], None, dys[2]], x, h, mask, *operands)
+    assert not call.fits([change(dy) for dy in dys], x, h, mask, *operands)
+    assert not call.fits(dys, x, h, mask, *[change(each) for each in operands])
+    siblings.lora_as[0].data = siblings.lora_as[0].data.double()
+    assert not call.fits(dys, x, h, mask, *operands)
+
+
+def test_the_precision_of_fp32_products_is_part_of_the_circumstances(monkeypatch):
+    monkeypatch.setattr(prepared, "allows_tf32", lambda: "tf32")
+    cuda = SimpleNamespace(type="cuda")
+    half, fp32 = torch.float16, torch.float32
+    for x_dtype, adapter, autocast, matters in (
+        (fp32, fp32, None, True),
+        (half, fp32, None, True),
+        (half, fp32, half, False),
+        (half, half, None, False),
+    ):
+        x = SimpleNamespace(dtype=x_dtype, device=cuda)
+        siblings = make_siblings(x_dtype, adapter)
+        assert (siblings.circumstances(x, autocast)[2] == "tf32") == matters
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "group"])
+def test_adapters_that_take_turns_keep_what_was_prepared(grouped, monkeypatch):
+    made = []
+    init = prepared.Call.__init__
+    monkeypatch.setattr(
+        prepared.Call, "__init__", lambda self, *a: made.append(1) or init(self, *a)
+    )
+    model = tiny_peft(model=tiny_model(num_hidden_layers=1)) if grouped else peft_of_one()
+    model.add_adapter("other", model.peft_config["default"])
+    fastlora.patch(model)
+
+    def step():
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            run_once(model, grouped)
+            with model.disable_adapter():
+                run_once(model, grouped)
+
+    step()
+    first = len(made)
+    assert first
+    step()
+    step()
+    assert len(made) == first
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "group"])
+def test_a_deleted_adapter_is_let_go_at_the_next_call(grouped):
+    model = tiny_peft(model=tiny_model(num_hidden_layers=1)) if grouped else peft_of_one()
+    model.add_adapter("other", model.peft_config["default"])
+    fastlora.patch(model)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        run_once(model, grouped)
+    alive = [
+        weakref.ref(parameter)
+        for name, parameter in model.named_parameters()
+        if ".default." in name
+    ]
+    model.delete_adapter("default")
+    run_once(model, grouped)
+    gc.collect()
+    assert alive
+    assert not any(ref() is not None for ref in alive)
+
+
+def peft_of_one():
+    model = nn.Sequential(nn.Linear(K, 16))
+    return get_peft_model(model, LoraConfig(r=R, target_modules=["0"], init_lora_weights=False))
+
+
+def run_once(model, grouped):
+    if grouped:
+        return model(token_ids(), use_cache=False)
+    return model(inputs(5))
+
+
+def test_what_is_no_tensor_gets_torch_s_own_words():
+    layer = make_layer()
+    layer(inputs(5))
+    with pytest.raises(TypeError, match="linear"):
+        layer(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -77,6 +78,14 @@ CHANGES: dict[str, Change] = {
     ),
     "dropout-drops-everything": lambda layer: setattr(default(layer, "lora_dropout"), "p", 1.0),
     "dropout-forward": lambda layer: setattr(default(layer, "lora_dropout"), "forward", nothing),
+    "hooks-of-a-new-dictionary": lambda layer: (
+        setattr(layer.base_layer, "_forward_hooks", OrderedDict()),
+        layer.base_layer.register_forward_hook(nothing),
+    ),
+    "bias-is-trained": lambda layer: layer.base_layer.bias.requires_grad_(True),
+    "laid-out-by-columns": lambda layer: set_data(
+        layer.base_layer.weight, layer.base_layer.weight.data.t().contiguous().t()
+    ),
     "base-forward": lambda layer: setattr(layer.base_layer, "forward", nothing),
     "base-class": lambda layer: setattr(layer.base_layer, "__class__", Subclass),
     "base-offloaded": lambda layer: setattr(layer.base_layer, "_hf_hook", object()),
