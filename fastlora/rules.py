@@ -90,6 +90,7 @@ class Operands:
         "_bias_is_trained",
         "_children",
         "_contents",
+        "_copies",
         "_dropouts",
         "_facts",
         "_leaves",
@@ -150,15 +151,9 @@ class Operands:
     def is_of(self, layer: PeftLinear) -> bool:
         """Return whether the layer still has all the modules it had, whichever are active."""
         try:
-            return _CHILDREN(layer._modules) == self._children and self._contents_hold()
-        except (KeyError, RuntimeError):  # as in modules_hold
+            return _CHILDREN(layer._modules) == self._children and self._contents == self._copies
+        except Exception:  # as in modules_hold
             return False
-
-    def _contents_hold(self) -> bool:
-        for now, then in self._contents:
-            if now != then:
-                return False
-        return True
 
     def _look_at(self, layer: PeftLinear) -> None:
         active = layer._active_adapter
@@ -174,7 +169,8 @@ class Operands:
         # From here on the dictionaries themselves: torch fills them and never replaces them.
         contents = [child._modules for child in children[1:]]
         contents += [leaf._parameters for leaf in leaves]
-        self._contents = tuple((each, dict(each)) for each in contents if each)
+        self._contents = tuple([each for each in contents if each])
+        self._copies = tuple([dict(each) for each in self._contents])
         self._dropouts = tuple(
             each.dropout.__dict__ for each in self.adapters if type(each.dropout) is nn.Dropout
         )
@@ -190,9 +186,10 @@ class Operands:
         """Return whether it would still say the same of the layer's settings and modules."""
         try:
             return self._modules_hold(layer)
-        except KeyError:  # an adapter was deleted, or nn.DataParallel made a copy of the layer
-            return False
-        except RuntimeError:  # tensors were compared: a parameter is another one
+        except Exception:
+            # A KeyError: an adapter was deleted, or nn.DataParallel made a copy of the layer. Or a
+            # parameter is another one, and comparing the two raises whatever tensors of their types
+            # raise: a RuntimeError, mostly.
             return False
 
     def _modules_hold(self, layer: PeftLinear) -> bool:
@@ -202,11 +199,10 @@ class Operands:
         if (
             _SETTINGS(own) != self._settings
             or _CHILDREN(own["_modules"]) != self._children
+            or self._contents != self._copies
             or "forward" in own
             or any(_GLOBAL_HOOKS)
         ):
-            return False
-        if not self._contents_hold():
             return False
         for leaf, kind, of_leaf in self._leaves:
             if (

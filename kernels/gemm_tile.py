@@ -43,7 +43,8 @@ def low_rank_product(
 ):  # fmt: skip
     """Add ``h @ q`` to a tile, in chunks of the rank; ``q`` is cast to the dtype of ``h``."""
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        h = load_tile(h_ptr, R, 1, first_row, M, r, R, BLOCK_M, BLOCK_R)
+        h_g = h_ptr + tl.cast(term.first_h, tl.int64)
+        h = load_tile(h_g, R, 1, first_row, M, r, R, BLOCK_M, BLOCK_R)
         q = load_tile(
             term.q, term.stride_qr, term.stride_qn, r, R, first_column, N, BLOCK_R, BLOCK_N
         )

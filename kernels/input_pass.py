@@ -10,7 +10,7 @@ and added in a fixed order: no atomics, so the same inputs give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +33,14 @@ from .tile_config import (
 from .tile_order import load_tile, sibling, store_tile
 
 
+class _Sibling(NamedTuple):
+    """Where one sibling's part begins; numbers, because computing them takes registers."""
+
+    first_dh: int  # the element of dh
+    first_byte: int  # of the mask's bits
+    stride_mask: int  # from one row of them to the next
+
+
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _input_pass_kernel(
     # tensors
@@ -40,6 +48,7 @@ def _input_pass_kernel(
     dh_ptr,  # [siblings, M, R], contiguous
     mask_ptr,  # a seed, or bits [siblings, M, ceil(K / 8)], contiguous
     partials_ptr,  # fp32: of each sibling [splits, R, K]
+    siblings,
     # sizes
     M,
     K,
@@ -54,7 +63,6 @@ def _input_pass_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SIBLINGS: tl.constexpr,
     RANK_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bits" or "seed"
@@ -62,29 +70,29 @@ def _input_pass_kernel(
     first_column = tl.program_id(0) * BLOCK_N
     first_row = tl.program_id(1) * rows_per_split
     zero = first_column * 0
-    row_bytes = tl.cdiv(K, 8)
     accumulators = ()
-    for _ in tl.static_range(SIBLINGS):
+    for _ in tl.static_range(len(siblings)):
         accumulators = accumulators + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
     for row in range(first_row, min(first_row + rows_per_split, M), BLOCK_M):
         x = load_tile(x_ptr, stride_xm, stride_xk, row, M, first_column, K, BLOCK_M, BLOCK_N)
         x = x.to(RANK_DTYPE)
         updated = ()
-        for g in tl.static_range(SIBLINGS):
+        for g in tl.static_range(len(siblings)):
             kept = x
             if MASK != "none":
                 mask = mask_ptr
                 if MASK == "bits":
-                    mask = sibling(mask_ptr, g, M, row_bytes)
+                    mask = mask_ptr + tl.cast(siblings[g].first_byte, tl.int64)
                 bits = load_bits(
-                    mask, row_bytes, row, M, first_column, K, g, threshold, MASK == "seed",
-                    BLOCK_M, BLOCK_N,
+                    mask, siblings[g].stride_mask, row, M, first_column, K, g, threshold,
+                    MASK == "seed", BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 kept = tl.where(expand_bits(bits, BLOCK_M, BLOCK_N), x, 0.0)
-            dh_t = load_tile(sibling(dh_ptr, g, M, R), 1, R, zero, R, row, M, BLOCK_R, BLOCK_M)
+            dh_g = dh_ptr + tl.cast(siblings[g].first_dh, tl.int64)
+            dh_t = load_tile(dh_g, 1, R, zero, R, row, M, BLOCK_R, BLOCK_M)
             updated = updated + (dot(dh_t.to(RANK_DTYPE), kept, accumulators[g], PRECISION),)
         accumulators = updated
-    for g in tl.static_range(SIBLINGS):
+    for g in tl.static_range(len(siblings)):
         number = g * tl.num_programs(1) + tl.program_id(1)
         store_tile(
             sibling(partials_ptr, number, R, K), K, 1, zero, R, first_column, K, accumulators[g],
@@ -164,7 +172,9 @@ def prepare_input_pass(
     )
     splits = grid[1]
     launch = Launch(_input_pass_kernel, grid, constants)
-    scalars = (m, k, rank, rows, stride_xm, stride_xk, threshold)
+    row_bytes = -(-k // 8)
+    starts = tuple([_Sibling(g * m * rank, g * m * row_bytes, row_bytes) for g in range(siblings)])
+    scalars = (starts, m, k, rank, rows, stride_xm, stride_xk, threshold)
     sums = [
         PartialSum(gain, g * splits * rank * k, splits, rank, k, *stride)
         for g, stride in enumerate(strides)
@@ -214,7 +224,6 @@ def _settings(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_R": block_r,
-        "SIBLINGS": siblings,
         "RANK_DTYPE": triton_dtype(rank_dtype),
         "PRECISION": precision,
         "MASK": mask,

@@ -44,7 +44,7 @@ from .tile_config import (
     padded_rank,
     tile_config_for,
 )
-from .tile_order import grouped_tile, sibling, store_tile
+from .tile_order import grouped_tile, store_tile
 
 # How much of the rank enters one product. At 64, fp32 terms need more tensor memory than sm_100
 # has, and half-precision ones spill 8 to 16 bytes a thread under autocast (sm_90).
@@ -73,6 +73,9 @@ class _LowRank(NamedTuple):
     q: Tensor
     stride_qr: int
     stride_qn: int
+    first_h: int  # the element of h at which h_g begins
+    first_byte: int  # of the mask's bits
+    stride_mask: int  # numbers, because computing them takes registers
 
 
 class _Output(NamedTuple):
@@ -153,8 +156,8 @@ def _low_rank_gemm_kernel(
                 for g in tl.static_range(SIBLINGS):
                     if not FORWARD or g == o:
                         accumulator = low_rank_product(
-                            accumulator, sibling(h_ptr, g, M, R), low_rank[g], first_row, M,
-                            first_column, N, R, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+                            accumulator, h_ptr, low_rank[g], first_row, M, first_column, N, R,
+                            BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                         )  # fmt: skip
                 accumulator = accumulator * output.gain
             parts = column_parts(accumulator, PARTS)
@@ -162,19 +165,18 @@ def _low_rank_gemm_kernel(
                 part = parts[number]
                 column = first_column + number * PART_N
                 if MASK != "none":
-                    row_bytes = tl.cdiv(N, 8)
                     for g in tl.static_range(SIBLINGS):
                         zeros = tl.zeros((BLOCK_M, PART_N), tl.float32)
                         term = low_rank_product(
-                            zeros, sibling(h_ptr, g, M, R), low_rank[g], first_row, M, column, N, R,
+                            zeros, h_ptr, low_rank[g], first_row, M, column, N, R,
                             BLOCK_M, PART_N, BLOCK_R, PRECISION,
                         )  # fmt: skip
                         mask = mask_ptr
                         if MASK == "bits":
-                            mask = sibling(mask_ptr, g, M, row_bytes)
+                            mask = mask_ptr + tl.cast(low_rank[g].first_byte, tl.int64)
                         bits = load_bits(
-                            mask, row_bytes, first_row, M, column, N, g, threshold, MASK == "seed",
-                            BLOCK_M, PART_N,
+                            mask, low_rank[g].stride_mask, first_row, M, column, N, g, threshold,
+                            MASK == "seed", BLOCK_M, PART_N,
                         )  # fmt: skip
                         part += tl.where(expand_bits(bits, BLOCK_M, PART_N), term, 0.0)
                 columns = column + tl.arange(0, PART_N)
@@ -253,9 +255,10 @@ def prepare_low_rank_gemm(
     if aligned is None:
         widths = [weight.shape[0] for weight in weights]
         aligned = _are_aligned(x.dtype, widths, (x, *weights))
+    m = as_rows(x)[0]
     run = _prepare(
-        [x], weights, _outputs(weights, biases, gains), _terms(lora_bs), as_rows(x)[0],
-        device=x.device, rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
+        [x], weights, _outputs(weights, biases, gains), _terms(lora_bs, m), m, device=x.device,
+        rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
     )  # fmt: skip
     return lambda x, h, ys: run((x,), h, None, ys)
 
@@ -283,10 +286,11 @@ def prepare_scaled_gemm(
         aligned = _are_aligned(x.dtype, [weight.shape[0] for weight in weights], (x, *weights))
     outputs = _outputs(weights, biases, gains)
     # What is written is compiled in: a launch for either case.
+    m = as_rows(x)[0]
     run, run_keeping = (
         _prepare(
-            [x], weights, outputs, _terms(lora_bs), as_rows(x)[0], device=x.device,
-            rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
+            [x], weights, outputs, _terms(lora_bs, m), m, device=x.device, rank_dtype=rank_dtype,
+            forward=True, aligned=aligned, config=config,
         )
         for _ in range(2)
     )  # fmt: skip
@@ -349,7 +353,7 @@ def prepare_low_rank_term(
     """Return ``low_rank_term`` for these adapters, as a function of ``h`` and the results."""
     aligned = _are_aligned(dtype, [lora_b.shape[0] for lora_b in lora_bs])
     run = _prepare(
-        [], [], _outputs(lora_bs, biases, gains), _terms(lora_bs), m, device=lora_bs[0].device,
+        [], [], _outputs(lora_bs, biases, gains), _terms(lora_bs, m), m, device=lora_bs[0].device,
         rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
     )  # fmt: skip
     return lambda h, ys: run((), h, None, ys)
@@ -415,7 +419,12 @@ def prepare_input_grad(
     k = lora_as[0].shape[1]
     if aligned is None:
         aligned = _are_aligned(grad_dtype, [k], (*dys, *weights))
-    terms = tuple([_LowRank(a, *a.stride()) for a in lora_as])
+    terms: tuple[_LowRank, ...] = ()
+    for g, a in enumerate(lora_as):
+        stride_ar, stride_ak = a.stride()
+        row_bytes = -(-k // 8)
+        first = g * m * a.shape[0], g * m * row_bytes
+        terms += (_LowRank(a, stride_ar, stride_ak, *first, row_bytes),)
     run = _prepare(
         dys, weights, (_Output(k, 1.0),), terms, m, mask, threshold,
         device=lora_as[0].device, rank_dtype=rank_dtype, forward=False, aligned=aligned,
@@ -424,8 +433,12 @@ def prepare_input_grad(
     return lambda dys, dh, mask, dx: run(dys, dh, mask, (dx,))
 
 
-def _terms(lora_bs: Sequence[Tensor]) -> tuple[_LowRank, ...]:
-    return tuple([_LowRank(b, *reversed(b.stride())) for b in lora_bs])
+def _terms(lora_bs: Sequence[Tensor], m: int) -> tuple[_LowRank, ...]:
+    terms: tuple[_LowRank, ...] = ()
+    for g, b in enumerate(lora_bs):
+        stride_bn, stride_br = b.stride()
+        terms += (_LowRank(b, stride_br, stride_bn, g * m * b.shape[1], 0, 0),)
+    return terms
 
 
 def _outputs(

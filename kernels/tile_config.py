@@ -165,6 +165,7 @@ def default_tile(
         aligned: rows start on 16-byte boundaries.
     """
     wide, rank = dtype == torch.float32, padded_rank(r)
+    group = siblings > 1
     if operation == "low_rank_gemm":
         siblings = 1  # one after the other: a tile belongs to one of them
     depth = {"low_rank_gemm": k, "input_grad": n}.get(operation)
@@ -186,7 +187,7 @@ def default_tile(
         # rows that are not aligned is narrower.
         small = not aligned or (wide_rank and siblings > 1)
         many = siblings > 2 and rank > 32
-        return _default_gemm_tile(operation, limits, wide, wide_rank, not small, many)
+        return _default_gemm_tile(operation, limits, wide, wide_rank, not small, many, group)
     if operation in ("shrink", "input_pass"):  # every sibling has an accumulator in each thread
         rank = padded_rank(rank * siblings)
     stages = 2 if wide or rank > 64 or limits.capability == 0 else 3
@@ -218,8 +219,8 @@ def default_tile(
         # Siblings that draw their masks spill: four of rank 16 in 128 columns 8 bytes a thread,
         # three of rank 256 in 64 columns 72 (sm_90).
         half_n = 32 if rank > 512 else 64 if rank > 64 or siblings > 3 else 128
-        if siblings > 1 and rank > 256 and limits.capability == 120:
-            half_n //= 2  # 8 bytes otherwise
+        if siblings > 1 and rank > 256 and limits.capability in (80, 89, 120):
+            half_n //= 2  # 8 to 16 bytes otherwise
         block_n = half_n if not wide else 32 if rank <= 64 else 16
         return TileConfig(
             block_m=64 if rank <= 64 and not wide else 32,
@@ -243,7 +244,9 @@ def _shrink_block(
         return 16, 32, 8
     deepest = {100: 256, 120: 64}.get(limits.capability, 0)
     if siblings > 1 and rank <= deepest:
-        return 64, 32, 8  # 64 x 64 spills 16 to 32 bytes a thread (three siblings of rank 16)
+        # 64 x 64 spills 16 to 32 bytes a thread (three siblings of rank 16), four siblings in eight
+        # warps 24 (sm_100).
+        return 64, 32, 4 if siblings > 3 and limits.capability == 100 else 8
     if rank > 64:
         return 32, 32, 8
     # Four siblings in four warps spill 8 bytes a thread under autocast (sm_80).
@@ -251,22 +254,31 @@ def _shrink_block(
 
 
 def _default_gemm_tile(
-    operation: str, limits: DeviceLimits, wide: bool, wide_rank: bool, aligned: bool, many: bool
+    operation: str,
+    limits: DeviceLimits,
+    wide: bool,
+    wide_rank: bool,
+    aligned: bool,
+    many: bool,
+    group: bool,
 ) -> TileConfig:
     if wide:
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
     if limits.capability == 0:
         return TileConfig(128, 128, 32, num_warps=8, num_stages=2)
     if not aligned:  # loads of single elements take an address each
-        return TileConfig(128, 64, 32, parts=2, num_warps=8, num_stages=3)
+        # In two parts, three siblings that draw their masks spill 56 bytes a thread on sm_100.
+        parts = 4 if limits.capability == 100 and group else 2
+        return TileConfig(128, 64, 32, parts=parts, num_warps=8, num_stages=3)
     if limits.capability == 90:
         # 256 columns spill 216 to 392 bytes a thread, and 8 with three siblings above rank 32.
         if wide_rank or many:
             return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
         # 208 of 227 KiB, and no spills with mask bits up to rank 256
         return TileConfig(128, 256, 64, parts=4, num_warps=8, num_stages=4)
-    if limits.capability == 100:  # forward, two parts spill 8 bytes; with a mask, four spill 16
-        parts = 4 if operation == "low_rank_gemm" else 2
+    if limits.capability == 100:
+        # Forward, two parts spill 8 bytes, or of a group four spill 24; with a mask, four spill 16.
+        parts = 4 if operation == "low_rank_gemm" and not group else 2
         return TileConfig(128, 128, 64, parts=parts, num_warps=8, num_stages=3)
     if limits.capability == 80 and wide_rank:  # a depth of 32 spills 8 bytes a thread
         return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
