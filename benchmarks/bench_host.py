@@ -2,10 +2,10 @@
 
     python benchmarks/bench_host.py [--profile]
 
-On a GPU a step whose kernels are short waits for Python. This measures the Python: fused plan,
-few rows and features on the CPU, so that PyTorch's own arithmetic is next to nothing, and every
-launch of a Triton kernel replaced by a function that returns. A launch comes on top, once for each
-kernel (``bench_launch.py``); so does, on CUDA, the launch of each of PyTorch's operations, for every
+On a GPU a step whose kernels are short waits for Python. This measures the Python: fused plan, few
+rows and features on the CPU, so that PyTorch's own arithmetic is next to nothing, and every launch
+of a Triton kernel replaced by a function that returns. A launch comes on top, once for each kernel
+(``bench_launch.py``); so does, on CUDA, the launch of each of PyTorch's operations, for every
 provider. Times are the calling thread's processor time (the backward pass of CPU tensors runs on
 it), and the providers take turns, so that a busy machine meets all alike.
 

@@ -68,14 +68,18 @@ class _Frozen(NamedTuple):
 
 
 class _LowRank(NamedTuple):
-    """The right side of one low-rank product ``h_g [M, R] @ q [R, N]``."""
+    """One low-rank product ``h_g [M, R] @ q [R, N]``.
+
+    Where its part of h and of the mask begins is given, because computing it in the kernel takes
+    registers: three siblings with bits then spill 8 bytes a thread in 128 x 256 (sm_90).
+    """
 
     q: Tensor
     stride_qr: int
     stride_qn: int
     first_h: int  # the element of h at which h_g begins
     first_byte: int  # of the mask's bits
-    stride_mask: int  # numbers, because computing them takes registers
+    stride_mask: int  # from one row of them to the next
 
 
 class _Output(NamedTuple):
