@@ -69,14 +69,14 @@ def mask_kind(mask: Tensor | None) -> str:
     return "none" if mask is None else "bits" if mask.dtype == torch.uint8 else "seed"
 
 
-# Of a tensor: itself, type, dtype, device, shape, strides, and its address modulo 16.
+# Of a tensor: itself, type, dtype, device, shape, strides, and its address.
 Facts = tuple[tuple[Tensor, type, torch.dtype, torch.device, torch.Size, tuple[int, ...], int], ...]
 
 
 def look_at(tensors: Sequence[Tensor]) -> Facts:
     """Return what a prepared launch takes for granted of tensors; see ``are_as_before``."""
     return tuple(
-        [(t, type(t), t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors]
+        [(t, type(t), t.dtype, t.device, t.shape, t.stride(), t.data_ptr()) for t in tensors]
     )
 
 
@@ -85,14 +85,16 @@ def are_as_before(facts: Facts) -> bool:
 
     ``x.data = y`` (model.to, FSDP, ZeRO) and swap_tensors keep the object and change the rest.
     """
-    for tensor, kind, dtype, device, shape, strides, offset in facts:
+    for tensor, kind, dtype, device, shape, strides, address in facts:
         if (
             tensor.dtype is not dtype
             or tensor.shape != shape
             or tensor.stride() != strides
-            or tensor.data_ptr() % 16 != offset  # kernels read whole vectors of aligned ones
-            or tensor.device != device
             or type(tensor) is not kind
         ):
+            return False
+        # Where it has not moved it is on its device. Kernels read whole vectors of aligned memory.
+        now = tensor.data_ptr()
+        if now != address and (now % 16 != address % 16 or tensor.device != device):
             return False
     return True
