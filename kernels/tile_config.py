@@ -244,8 +244,8 @@ def _shrink_block(
         return 16, 32, 8
     deepest = {100: 256, 120: 64}.get(limits.capability, 0)
     if siblings > 1 and rank <= deepest:
-        # 64 x 64 spills 16 to 32 bytes a thread (three siblings of rank 16). Four of rank 16 spill 24
-        # in eight warps, and of rank 64 8 in four (sm_100).
+        # 64 x 64 spills 16 to 32 bytes a thread (three siblings of rank 16). Four of rank 16 spill
+        # 24 in eight warps, and of rank 64 8 in four (sm_100).
         return 64, 32, 4 if siblings > 3 and rank <= 64 and limits.capability == 100 else 8
     if rank > 64:
         return 32, 32, 8
