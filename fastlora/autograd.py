@@ -11,14 +11,13 @@ hooks on saved tensors (offloading, FSDP, checkpointing) see it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora import dropout, ops
-from fastlora.prepared import Call, Options, autocast_dtype, is_current, options_for
+from fastlora.prepared import Call, Options, autocast_dtype, options_for
 
 DropoutMask = Literal["bits", "recompute"]
 
@@ -53,7 +52,7 @@ def apply_call(call: Call, x: Tensor) -> tuple[Tensor, ...]:
     Returns:
         Of each sibling ``[..., N_g]``.
     """
-    if not is_current(call.device):  # a model that is spread over several
+    if not ops.is_current(call.device):  # a model that is spread over several
         with torch.cuda.device(call.device):
             return apply_call(call, x)
     if torch.is_grad_enabled():
@@ -70,7 +69,7 @@ def apply_scaled(call: Call, x: Tensor, scales: Sequence[Tensor]) -> tuple[Tenso
         x: ``[..., K]``.
         scales: of each sibling ``[N_g]``, fp32; they receive gradients.
     """
-    if not is_current(call.device):
+    if not ops.is_current(call.device):
         with torch.cuda.device(call.device):
             return apply_scaled(call, x, scales)
     if torch.is_grad_enabled():
@@ -245,7 +244,8 @@ class _ScaledFunction(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         n, dtype = len(dys), call.options.dtype
-        scales, unscaled, saved = _split(ctx.saved_tensors, n, n)
+        tensors = ctx.saved_tensors
+        scales, unscaled, saved = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         needs = _Needs(*_ScaledFunction._needs(ctx, n)[:3])
         dtypes = (dtype, call.siblings.lora_as[0].dtype)
         inner: list[Any] = [None] * n  # the gradients of the unscaled outputs
@@ -268,12 +268,6 @@ class _ScaledFunction(torch.autograd.Function):
         _, of_x, *others = ctx.needs_input_grad
         of_a, of_b, of_scale = map(any, _in_groups(others, n))
         return of_x, of_a, of_b, of_scale
-
-
-def _split(tensors: Sequence[Any], *sizes: int) -> list[Any]:
-    """Return the first parts of these sizes, and the rest."""
-    ends = [0, *accumulate(sizes), len(tensors)]
-    return [tensors[start:end] for start, end in pairwise(ends)]
 
 
 class _SiblingsFunction(torch.autograd.Function):

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlora import dropout, plain, plans
-from fastlora.kernels.layout import as_rows, has_aligned_rows, mask_kind
+from fastlora.kernels.layout import are_aligned, as_rows, mask_kind
 
 _SCHEMAS = {
     "shrink": (
@@ -91,9 +91,12 @@ def _launchers() -> SimpleNamespace:
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Make a device the current one: Triton launches there, wherever its operands are."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(device)
+    return _NOTHING if is_current(device) else torch.cuda.device(device)
+
+
+def is_current(device: torch.device) -> bool:
+    """Return whether launches go to a device as it stands."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 _NOTHING = nullcontext()
@@ -300,8 +303,9 @@ def _gemm_plan(
     if plan != plans.FUSED:
         return plan
     in_range = all(_LEAST_GAIN < abs(gain) < 1 / _LEAST_GAIN for gain in gains)
-    rows = [weight.shape[0] * dtype.itemsize for weight in weights]
-    return plan if in_range and _aligned(rows, x, *weights) else plans.HYBRID
+    # A fused GEMM moves whole vectors (and tiles by TMA); cuBLAS takes the rest.
+    aligned = are_aligned(dtype, [weight.shape[0] for weight in weights], (x, *weights))
+    return plan if in_range and aligned else plans.HYBRID
 
 
 # The fused kernel divides its accumulator by the gain and multiplies it again. Within these bounds
@@ -312,16 +316,6 @@ _LEAST_GAIN = 2.0**-40
 def _gemm_dtype(dtype: torch.dtype, rank_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that decides on a GEMM's plan: fp64 anywhere leaves it to PyTorch."""
     return torch.float64 if rank_dtype == torch.float64 else dtype
-
-
-def _aligned(row_bytes: Sequence[int], *operands: Tensor) -> bool:
-    """Return whether a fused GEMM can move whole vectors (and tiles by TMA); cuBLAS takes the rest.
-
-    Args:
-        row_bytes: of the results, which are contiguous.
-        operands: the others.
-    """
-    return all(size % 16 == 0 for size in row_bytes) and all(map(has_aligned_rows, operands))
 
 
 def _low_rank_gemm(
@@ -460,7 +454,7 @@ def prepare_input_grad(
     # The terms of four siblings in fp32 spill 8 to 112 bytes a thread (sm_89, sm_120).
     wide = siblings > 3 and rank_dtype == torch.float32 and dtype != torch.float32
     fused = plan == plans.FUSED and not wide
-    fused = fused and _aligned([k * grad_dtype.itemsize], *dys, *weights)
+    fused = fused and are_aligned(grad_dtype, [k], (*dys, *weights))
     launch: InputGrad = _launchers().input_grad(
         dys if fused else [],
         weights if fused else [],

@@ -250,7 +250,7 @@ class Call:
         Hooks on saved tensors (offloading) may have put others in the place of what was saved.
         """
         siblings, (_, _, _, dtype, rank_dtype) = self.siblings, self.options
-        if ops.is_watched(x) or not is_current(self.device):
+        if ops.is_watched(x) or not ops.is_current(self.device):
             return False
         for dy in dys:
             if dy is None or dy.dtype is not dtype or not dy.is_contiguous() or dy.data_ptr() % 16:
@@ -305,8 +305,3 @@ class Call:
             grad_dtype=dtype,
         )
         return adapter_grads, input_grad
-
-
-def is_current(device: torch.device) -> bool:
-    """Return whether launches go to a device as it stands."""
-    return device.type != "cuda" or device.index == torch.cuda.current_device()

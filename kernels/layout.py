@@ -57,11 +57,24 @@ def allocator(
     return partial(fast, shape, strides, dtype)
 
 
+_GUARDS = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _FAST = {
     device_type: function
     for device_type in ("cpu", "cuda")
-    if (function := getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}", None))
+    if (function := getattr(_GUARDS, f"_empty_strided_{device_type}", None))
 }
+
+
+def are_aligned(dtype: torch.dtype, widths: Sequence[int], operands: Sequence[Tensor] = ()) -> bool:
+    """Return whether results of these widths, and the operands, can be moved in whole vectors.
+
+    Args:
+        dtype: of the results, which are contiguous.
+        widths: their columns.
+        operands: see ``has_aligned_rows``.
+    """
+    rows = all(width * dtype.itemsize % 16 == 0 for width in widths)
+    return rows and all(map(has_aligned_rows, operands))
 
 
 def mask_kind(mask: Tensor | None) -> str:

@@ -34,7 +34,7 @@ from torch import Tensor
 from .dtypes import dot_precision
 from .gemm_tile import column_parts, frozen_product, low_rank_product
 from .launch import Launch, describe, form_of
-from .layout import as_rows, has_aligned_rows, mask_kind
+from .layout import are_aligned, as_rows, mask_kind
 from .philox import expand_bits, load_bits
 from .tile_config import (
     TileConfig,
@@ -256,14 +256,7 @@ def prepare_low_rank_gemm(
     It may be called with any ``x`` that is laid out in memory as this one. The results are
     contiguous, of any leading dimensions.
     """
-    if aligned is None:
-        widths = [weight.shape[0] for weight in weights]
-        aligned = _are_aligned(x.dtype, widths, (x, *weights))
-    m = as_rows(x)[0]
-    run = _prepare(
-        [x], weights, _outputs(weights, biases, gains), _terms(lora_bs, m), m, device=x.device,
-        rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
-    )  # fmt: skip
+    run = _prepare_forward(x, weights, biases, lora_bs, gains, rank_dtype, aligned, config)
     return lambda x, h, ys: run((x,), h, None, ys)
 
 
@@ -286,20 +279,10 @@ def prepare_scaled_gemm(
     each where to write the result without scale and bias as well, or ``None`` for all (see
     ``prepare_low_rank_gemm`` for the rest).
     """
-    if aligned is None:
-        aligned = _are_aligned(x.dtype, [weight.shape[0] for weight in weights], (x, *weights))
     outputs = _outputs(weights, biases, gains)
-    # What is written is compiled in: a launch for either case.
-    m = as_rows(x)[0]
-    run, run_keeping = (
-        _prepare(
-            [x], weights, outputs, _terms(lora_bs, m), m, device=x.device, rank_dtype=rank_dtype,
-            forward=True, aligned=aligned, config=config,
-        )
-        for _ in range(2)
-    )  # fmt: skip
+    launches: dict[bool, Callable[..., None]] = {}  # what is written is compiled in
 
-    def run_scaled(
+    def run(
         x: Tensor,
         h: Tensor,
         ys: Sequence[Tensor],
@@ -309,9 +292,14 @@ def prepare_scaled_gemm(
         kept: Sequence[Tensor | None] = unscaled or [None] * len(scales)
         each = zip(outputs, scales, kept, strict=True)
         scaled = tuple([output._replace(scale=c, unscaled=u) for output, c, u in each])
-        (run if unscaled is None else run_keeping)((x,), h, None, ys, scaled)
+        keeps = unscaled is not None
+        if keeps not in launches:
+            launches[keeps] = _prepare_forward(
+                x, weights, biases, lora_bs, gains, rank_dtype, aligned, config
+            )
+        launches[keeps]((x,), h, None, ys, scaled)
 
-    return run_scaled
+    return run
 
 
 def low_rank_term(
@@ -355,7 +343,7 @@ def prepare_low_rank_term(
     config: TileConfig | None = None,
 ) -> Callable[[Tensor, Sequence[Tensor]], None]:
     """Return ``low_rank_term`` for these adapters, as a function of ``h`` and the results."""
-    aligned = _are_aligned(dtype, [lora_b.shape[0] for lora_b in lora_bs])
+    aligned = are_aligned(dtype, [lora_b.shape[0] for lora_b in lora_bs])
     run = _prepare(
         [], [], _outputs(lora_bs, biases, gains), _terms(lora_bs, m), m, device=lora_bs[0].device,
         rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
@@ -422,7 +410,7 @@ def prepare_input_grad(
     """
     k = lora_as[0].shape[1]
     if aligned is None:
-        aligned = _are_aligned(grad_dtype, [k], (*dys, *weights))
+        aligned = are_aligned(grad_dtype, [k], (*dys, *weights))
     terms: tuple[_LowRank, ...] = ()
     for g, a in enumerate(lora_as):
         stride_ar, stride_ak = a.stride()
@@ -435,6 +423,25 @@ def prepare_input_grad(
         config=config,
     )  # fmt: skip
     return lambda dys, dh, mask, dx: run(dys, dh, mask, (dx,))
+
+
+def _prepare_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor],
+    gains: Sequence[float],
+    rank_dtype: torch.dtype,
+    aligned: bool | None,
+    config: TileConfig | None,
+) -> Callable[..., None]:
+    m = as_rows(x)[0]
+    if aligned is None:
+        aligned = are_aligned(x.dtype, [weight.shape[0] for weight in weights], (x, *weights))
+    return _prepare(
+        [x], weights, _outputs(weights, biases, gains), _terms(lora_bs, m), m, device=x.device,
+        rank_dtype=rank_dtype, forward=True, aligned=aligned, config=config,
+    )  # fmt: skip
 
 
 def _terms(lora_bs: Sequence[Tensor], m: int) -> tuple[_LowRank, ...]:
@@ -450,14 +457,6 @@ def _outputs(
 ) -> tuple[_Output, ...]:
     triples = zip(matrices, biases, gains, strict=True)
     return tuple([_Output(matrix.shape[0], gain, bias) for matrix, bias, gain in triples])
-
-
-def _are_aligned(
-    dtype: torch.dtype, widths: Sequence[int], operands: Sequence[Tensor] = ()
-) -> bool:
-    """Return whether results of these widths, and the operands, can be moved in whole vectors."""
-    rows = all(width * dtype.itemsize % 16 == 0 for width in widths)
-    return rows and all(map(has_aligned_rows, operands))
 
 
 def _prepare(
@@ -485,11 +484,7 @@ def _prepare(
         "siblings of different ranks"
     )
     layouts = [as_rows(left) for left in lefts]
-    frozen: tuple[_Frozen, ...] = ()
-    for g, right in enumerate(rights):
-        _, depth, stride_lm, stride_lk = layouts[0 if forward else g]
-        stride_rn, stride_rk = right.stride() if forward else reversed(right.stride())
-        frozen += (_Frozen(stride_lm, stride_lk, stride_rn, stride_rk, depth),)
+    frozen = _frozen_products(layouts, rights, forward)
     ns = tuple([output.columns for output in outputs])
     dtype = lefts[0].dtype if lefts else rank_dtype
     grid, described, tiles, constants = _settings(
@@ -535,6 +530,17 @@ def _prepare(
         launch(frozen, outputs, terms, h, mask, m, rank, threshold, *lefts, *between, *outs, *after)
 
     return run if m else _nothing
+
+
+def _frozen_products(
+    layouts: Sequence[tuple[int, int, int, int]], rights: Sequence[Tensor], forward: bool
+) -> tuple[_Frozen, ...]:
+    frozen: tuple[_Frozen, ...] = ()
+    for g, right in enumerate(rights):
+        _, depth, stride_lm, stride_lk = layouts[0 if forward else g]
+        stride_rn, stride_rk = right.stride() if forward else reversed(right.stride())
+        frozen += (_Frozen(stride_lm, stride_lk, stride_rn, stride_rk, depth),)
+    return frozen
 
 
 def _nothing(*operands: Any) -> None:

@@ -165,71 +165,108 @@ def default_tile(
         aligned: rows start on 16-byte boundaries.
     """
     wide, rank = dtype == torch.float32, padded_rank(r)
-    group = siblings > 1
     if operation == "low_rank_gemm":
-        siblings = 1  # one after the other: a tile belongs to one of them
-    depth = {"low_rank_gemm": k, "input_grad": n}.get(operation)
-    if depth == 0:  # the low-rank term alone: bound by its store
-        if siblings > 3:  # 32 x 64 spills 8 to 16 bytes a thread (sm_89, sm_120)
-            return TileConfig(32, 32, 16, num_warps=4, num_stages=1)
-        # In one part, siblings spill 8 bytes a thread (sm_89, sm_90).
-        return TileConfig(32, 64, 16, parts=2 if siblings > 1 else 1, num_warps=4, num_stages=1)
-    if operation in ("low_rank_gemm", "input_grad"):
-        if limits.capability == 120 and wide_rank and siblings > 1 and not wide:
-            # 128 x 64 spills 48 to 64 bytes a thread.
-            return TileConfig(64, 64, 32, num_warps=4, num_stages=3)
-        if siblings > 3 and not wide:
-            # 128 x 256 spills 56 bytes a thread (sm_90) and 64 x 64 96; in two parts, 128 x 64
-            # spills 32 (sm_120).
-            parts = 1 if limits.capability == 120 else 2
-            return TileConfig(128, 64, 32, parts=parts, num_warps=8, num_stages=3)
-        # Two siblings with an fp32 term spill 8 bytes a thread in 128 x 128 (sm_80): the tile of
-        # rows that are not aligned is narrower.
-        small = not aligned or (wide_rank and siblings > 1)
-        many = siblings > 2 and rank > 32
-        return _default_gemm_tile(operation, limits, wide, wide_rank, not small, many, group)
+        return _gemm_tile(limits, wide, rank, k, 1, wide_rank, aligned, True, siblings > 1)
+    if operation == "input_grad":
+        group = siblings > 1
+        return _gemm_tile(limits, wide, rank, n, siblings, wide_rank, aligned, False, group)
     if operation in ("shrink", "input_pass"):  # every sibling has an accumulator in each thread
         rank = padded_rank(rank * siblings)
     stages = 2 if wide or rank > 64 or limits.capability == 0 else 3
     if operation == "shrink":
         block_m, block_k, warps = _shrink_block(limits, wide, rank, siblings)
-        return TileConfig(
-            block_m=block_m,
-            block_k=block_k,
-            splits=_splits(limits, -(-m // block_m), k, at_least=512),
-            num_warps=warps,
-            num_stages=stages,
-        )
+        splits = _splits(limits, -(-m // block_m), k, at_least=512)
+        return TileConfig(block_m, 0, block_k, splits=splits, num_warps=warps, num_stages=stages)
     if operation == "output_pass":
-        # High tiles: every row block writes a whole partial dB, 33 MB in all at 128 rows a block
-        # and 17 at 256 (M = 8192, N = 4096, rank 16), beside 67 MB of dy.
-        block_m = 32 if wide else 256 if aligned else 64
-        if siblings > 1 and limits.capability == 120:  # 256 rows spill 8 bytes under autocast
-            block_m = min(block_m, 128)
-        large = limits.shared_bytes >= 160 * 1024 and rank <= 32 and not wide
-        large = large and limits.capability != 100  # 64 columns spill 8 bytes under autocast
-        return TileConfig(
-            block_m=block_m,
-            block_n=64 if large else 32,
-            splits=_splits(limits, -(-m // block_m), n, at_least=512),
-            num_warps=4 if wide else 8,
-            num_stages=stages,
-        )
+        block_m, block_n, warps = _output_pass_block(limits, wide, rank, siblings, aligned)
+        splits = _splits(limits, -(-m // block_m), n, at_least=512)
+        return TileConfig(block_m, block_n, splits=splits, num_warps=warps, num_stages=stages)
     if operation == "input_pass":
-        # Siblings that draw their masks spill: four of rank 16 in 128 columns 8 bytes a thread,
-        # three of rank 256 in 64 columns 72 (sm_90).
-        half_n = 32 if rank > 512 else 64 if rank > 64 or siblings > 3 else 128
-        if siblings > 1 and rank > 256 and limits.capability in (80, 89, 120):
-            half_n //= 2  # 8 to 16 bytes otherwise
-        block_n = half_n if not wide else 32 if rank <= 64 else 16
-        return TileConfig(
-            block_m=64 if rank <= 64 and not wide else 32,
-            block_n=block_n,
-            splits=_splits(limits, -(-k // block_n), m, at_least=512),
-            num_warps=4 if wide and rank <= 64 else 8,
-            num_stages=stages,
-        )
+        block_m, block_n, warps = _input_pass_block(limits, wide, rank, siblings)
+        splits = _splits(limits, -(-k // block_n), m, at_least=512)
+        return TileConfig(block_m, block_n, splits=splits, num_warps=warps, num_stages=stages)
     raise ValueError(f"no such operation: {operation!r}")
+
+
+def _gemm_tile(
+    limits: DeviceLimits,
+    wide: bool,
+    rank: int,
+    depth: int,
+    siblings: int,
+    wide_rank: bool,
+    aligned: bool,
+    forward: bool,
+    group: bool,
+) -> TileConfig:
+    """Return the GEMM's tile; ``siblings`` share a tile, a ``group`` shares the launch.
+
+    Forward a tile belongs to one sibling.
+    """
+    if depth == 0:  # the low-rank term alone: bound by its store
+        if siblings > 3:  # 32 x 64 spills 8 to 16 bytes a thread (sm_89, sm_120)
+            return TileConfig(32, 32, 16, num_warps=4, num_stages=1)
+        # In one part, siblings spill 8 bytes a thread (sm_89, sm_90).
+        return TileConfig(32, 64, 16, parts=2 if siblings > 1 else 1, num_warps=4, num_stages=1)
+    if limits.capability == 120 and wide_rank and siblings > 1 and not wide:
+        # 128 x 64 spills 48 to 64 bytes a thread.
+        return TileConfig(64, 64, 32, num_warps=4, num_stages=3)
+    if siblings > 3 and not wide:
+        # 128 x 256 spills 56 bytes a thread (sm_90) and 64 x 64 96; in two parts, 128 x 64 spills
+        # 32 (sm_120).
+        parts = 1 if limits.capability == 120 else 2
+        return TileConfig(128, 64, 32, parts=parts, num_warps=8, num_stages=3)
+    if wide:
+        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if limits.capability == 0:
+        return TileConfig(128, 128, 32, num_warps=8, num_stages=2)
+    # Loads of single elements take an address each; and two siblings with an fp32 term spill 8
+    # bytes a thread in 128 x 128 (sm_80).
+    if not aligned or (wide_rank and siblings > 1):
+        # In two parts, three siblings that draw their masks spill 56 bytes a thread on sm_100.
+        parts = 4 if limits.capability == 100 and group else 2
+        return TileConfig(128, 64, 32, parts=parts, num_warps=8, num_stages=3)
+    if limits.capability == 90:
+        # 256 columns spill 216 to 392 bytes a thread, and 8 with three siblings above rank 32.
+        if wide_rank or (siblings > 2 and rank > 32):
+            return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
+        # 208 of 227 KiB, and no spills with mask bits up to rank 256
+        return TileConfig(128, 256, 64, parts=4, num_warps=8, num_stages=4)
+    if limits.capability == 100:
+        # Forward, two parts spill 8 bytes, or of a group four spill 24; with a mask, four spill 16.
+        parts = 4 if forward and not group else 2
+        return TileConfig(128, 128, 64, parts=parts, num_warps=8, num_stages=3)
+    if limits.capability == 80 and wide_rank:  # a depth of 32 spills 8 bytes a thread
+        return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
+    return TileConfig(128, 128, 32, parts=4, num_warps=8, num_stages=3)
+
+
+def _output_pass_block(
+    limits: DeviceLimits, wide: bool, rank: int, siblings: int, aligned: bool
+) -> tuple[int, int, int]:
+    """Return rows, columns and warps."""
+    # High tiles: every row block writes a whole partial dB, 33 MB in all at 128 rows a block and 17
+    # at 256 (M = 8192, N = 4096, rank 16), beside 67 MB of dy.
+    block_m = 32 if wide else 256 if aligned else 64
+    if siblings > 1 and limits.capability == 120:  # 256 rows spill 8 bytes under autocast
+        block_m = min(block_m, 128)
+    large = limits.shared_bytes >= 160 * 1024 and rank <= 32 and not wide
+    large = large and limits.capability != 100  # 64 columns spill 8 bytes under autocast
+    return block_m, 64 if large else 32, 4 if wide else 8
+
+
+def _input_pass_block(
+    limits: DeviceLimits, wide: bool, rank: int, siblings: int
+) -> tuple[int, int, int]:
+    """Return rows, columns and warps; ``rank`` is the siblings' together."""
+    if wide:
+        return (32, 32, 4) if rank <= 64 else (32, 16, 8)
+    # Siblings that draw their masks spill: four of rank 16 in 128 columns 8 bytes a thread, three
+    # of rank 256 in 64 columns 72 (sm_90).
+    block_n = 32 if rank > 512 else 64 if rank > 64 or siblings > 3 else 128
+    if siblings > 1 and rank > 256 and limits.capability in (80, 89, 120):
+        block_n //= 2  # 8 to 16 bytes otherwise
+    return 64 if rank <= 64 else 32, block_n, 8
 
 
 def _shrink_block(
@@ -251,38 +288,6 @@ def _shrink_block(
         return 32, 32, 8
     # Four siblings in four warps spill 8 bytes a thread under autocast (sm_80).
     return 64, 64, 4 if rank == 64 and siblings < 4 and limits.capability != 100 else 8
-
-
-def _default_gemm_tile(
-    operation: str,
-    limits: DeviceLimits,
-    wide: bool,
-    wide_rank: bool,
-    aligned: bool,
-    many: bool,
-    group: bool,
-) -> TileConfig:
-    if wide:
-        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
-    if limits.capability == 0:
-        return TileConfig(128, 128, 32, num_warps=8, num_stages=2)
-    if not aligned:  # loads of single elements take an address each
-        # In two parts, three siblings that draw their masks spill 56 bytes a thread on sm_100.
-        parts = 4 if limits.capability == 100 and group else 2
-        return TileConfig(128, 64, 32, parts=parts, num_warps=8, num_stages=3)
-    if limits.capability == 90:
-        # 256 columns spill 216 to 392 bytes a thread, and 8 with three siblings above rank 32.
-        if wide_rank or many:
-            return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
-        # 208 of 227 KiB, and no spills with mask bits up to rank 256
-        return TileConfig(128, 256, 64, parts=4, num_warps=8, num_stages=4)
-    if limits.capability == 100:
-        # Forward, two parts spill 8 bytes, or of a group four spill 24; with a mask, four spill 16.
-        parts = 4 if operation == "low_rank_gemm" and not group else 2
-        return TileConfig(128, 128, 64, parts=parts, num_warps=8, num_stages=3)
-    if limits.capability == 80 and wide_rank:  # a depth of 32 spills 8 bytes a thread
-        return TileConfig(128, 128, 64, parts=4, num_warps=8, num_stages=3)
-    return TileConfig(128, 128, 32, parts=4, num_warps=8, num_stages=3)
 
 
 def _splits(limits: DeviceLimits, blocks: int, length: int, at_least: int) -> int:
