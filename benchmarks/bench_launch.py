@@ -26,16 +26,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import fake_cuda
 import targets
+import torch
 import triton
-from shapes import GROUPS
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastlora.bench.shapes import GROUPS
 from fastlora.kernels import launch as launching
 from fastlora.kernels import tile_config
 from fastlora.kernels.launch import Launch
@@ -160,6 +162,22 @@ def print_table(us: dict[tuple[str, str], float]) -> None:
     print(f"{'a layer, 8 launches':20}", *(f"{total:8.2f}" for total in sums))
 
 
+def write(path: Path, taken: dict[tuple[str, str], Any]) -> None:
+    """Write the times as rows: the case is the launch, the provider the way it goes."""
+    from fastlora.bench.environment import facts
+    from fastlora.bench.measuring import columns
+    from fastlora.bench.results import Row, write_rows
+
+    row = Row(**facts(torch.device("cpu")), level="launch", timer="cpu")
+    write_rows(
+        path,
+        (
+            replace(row, case=name, provider=way, **columns(timing))
+            for (name, way), timing in taken.items()
+        ),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -167,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31, help="measured rounds (default 31)")
     parser.add_argument("--calls", type=int, default=200, help="calls in a round (default 200)")
     parser.add_argument("--check", action="store_true", help="compare small launches, time none")
+    parser.add_argument("--out", type=Path, help="folder for launch.csv")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: interpreted functions are not launched; unset it")
@@ -185,7 +204,10 @@ def main() -> None:
     if not options.check:
         from bench_host import measure  # peft is slow to import, and a check does without
 
-        print_table(measure(functions, options.rounds, options.calls))
+        taken = measure(functions, options.rounds, options.calls)
+        print_table({key: timing.quantile_us(0.5) for key, timing in taken.items()})
+        if options.out:
+            write(options.out / "launch.csv", taken)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -27,6 +28,8 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 import fastlora
+from fastlora.bench.environment import facts
+from fastlora.bench.results import Row, write_rows
 
 # The shape of Qwen2.5-0.5B.
 SHAPE = Qwen2Config(
@@ -133,14 +136,25 @@ def count(case: Case, tokens: int) -> dict[str, float]:
     }
 
 
+def as_row(case: Case, provider: str, tokens: int, bytes_per_token: float) -> Row:
+    """Return what was counted as a row of the results."""
+    return Row(
+        **facts(torch.device("cpu")), level="saved", model="Qwen2.5-0.5B", case=case.name,
+        tokens=tokens, rank=16, dropout=0.1, dtype=str(case.base).removeprefix("torch."),
+        provider=provider, saved_mib=bytes_per_token * tokens / 2**20,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=512)
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--out", type=Path, help="folder for saved_memory.csv")
+    options = parser.parse_args()
+    tokens = options.tokens
 
-    problems = []
+    problems, written = [], []
     print(
         "bytes per token that LoRA adds to what one layer of Qwen2.5-0.5B saves (r = 16, p = 0.1)"
     )
@@ -149,12 +163,15 @@ def main() -> None:
         print(f"\n{case.name}")
         for provider, used in rows.items():
             print(f"  {provider:24} {used:9,.0f}   {used / rows['peft']:5.2f} of peft's default")
+            written.append(as_row(case, provider, tokens, used))
         for limit, ours, theirs in (
             (case.limit_default, rows["fastlora"], rows["peft"]),
             (case.limit_bf16, rows["fastlora, bf16 adapters"], rows["peft, bf16 adapters"]),
         ):
             if limit is not None and not ours <= limit * theirs:
                 problems.append(f"{case.name}: {ours / theirs:.2f} of peft's, at most {limit}")
+    if options.out:
+        write_rows(options.out / "saved_memory.csv", written)
     if problems:
         sys.exit("\n".join(problems))
 

@@ -2,14 +2,15 @@
 
     python benchmarks/gpu.py --part tests --out DIR     the tests that are skipped without a GPU
     python benchmarks/gpu.py --part tune  --out DIR     plans and tiles of the Qwen shapes
-    python benchmarks/gpu.py --part train --out DIR     forward + backward against peft and others
+    python benchmarks/gpu.py --part bench --out DIR     `fastlora bench`, and what was promised
+    python benchmarks/gpu.py --part compiled --out DIR  layers against peft by torch.compile
     python benchmarks/gpu.py --part dram  --out DIR     DRAM bytes, if Nsight Compute is installed
     python benchmarks/gpu.py --import DIR               file what a run wrote, under its device
 
 It needs the repository and a host with torch, triton and transformers; nothing is installed and
 nothing is fetched. What a host lacks (peft, pytest) may lie in ``wheels/`` as pure-Python wheels.
 Files are flat and written as the run goes, so that one that is cut short leaves what it has. Tune
-first and import the table: ``train`` follows the plans that were measured.
+first and import the table: ``bench`` follows the plans that were measured.
 
 ``--smoke`` runs any part on tiny shapes without a GPU, on interpreted kernels: its times mean
 nothing, its code is the same.
@@ -33,7 +34,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("tests", "tune", "train", "dram")
 SECONDS = 8.5 * 60  # of a part; what is not done by then is left out, and the log says so
 
 
@@ -88,15 +88,18 @@ class Run:
         print(line, flush=True)
         self.log_file.write(line + "\n")
 
-    def models(self) -> dict[str, dict[str, Any]]:
+    def models(self) -> dict[str, Any]:
         """Return the linears to run on, by model."""
-        from shapes import MODELS, Linear
+        from fastlora.bench.shapes import MAIN_MODELS, MODELS, NAMES, Linear
 
-        tiny = dict.fromkeys(MODELS["Qwen2.5-0.5B"], Linear(16, 32, True))
-        return {"tiny": tiny} if self.smoke else MODELS
+        tiny = dict.fromkeys(NAMES, Linear(16, 32, True))
+        return {"tiny": tiny} if self.smoke else {m: MODELS[m].linears for m in MAIN_MODELS}
 
     def out_of_time(self) -> bool:
         return time.monotonic() > self.end
+
+    def seconds_left(self) -> float:
+        return max(1.0, self.end - time.monotonic())
 
     def write_rows(self, name: str, columns: list[str]) -> Callable[[dict[str, Any]], None]:
         """Open ``name`` as CSV; returns a function that writes one row and flushes it."""
@@ -178,8 +181,7 @@ def run_tune(run: Run) -> int:
 
 def _distinct(linears: dict[str, Any], smoke: bool) -> list[Any]:
     """Return what is computed in one call first: the groups, then the linears alone."""
-    from shapes import GROUPS
-
+    from fastlora.bench.shapes import GROUPS
     from fastlora.tuning import GroupShape, LinearShape
 
     shapes = [
@@ -191,11 +193,18 @@ def _distinct(linears: dict[str, Any], smoke: bool) -> list[Any]:
     return list(dict.fromkeys(shapes))[1 if smoke else 0 :]  # 8 s of the interpreter saved
 
 
-def run_train(run: Run) -> int:
-    """Time forward + backward of layers and linears by every provider, into ``train.csv``."""
-    from gpu_train import run_train  # it needs peft, which the other parts do without
+def run_bench(run: Run) -> int:
+    """Measure as ``fastlora bench`` does, and hold layers and linears to what was promised."""
+    from promises import run_bench  # it needs peft, which the other parts do without
 
-    return run_train(run)
+    return run_bench(run, "bench")
+
+
+def run_compiled(run: Run) -> int:
+    """Measure layers beside peft by ``torch.compile``, which takes its time to compile them."""
+    from promises import run_bench
+
+    return run_bench(run, "compiled")
 
 
 DRAM_METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
@@ -203,7 +212,7 @@ DRAM_METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 
 def run_dram(run: Run) -> int:
     """Count DRAM bytes of forward + backward for LoRAFusion's cases, into ``dram.csv``."""
-    from shapes import LORAFUSION
+    from fastlora.bench.shapes import LORAFUSION
 
     write = run.write_rows("dram.csv", ["date", "commit", "device", "case", "plan", *DRAM_METRICS])
     ncu = shutil.which("ncu")
@@ -252,13 +261,14 @@ def _sum_metrics(output: str) -> dict[str, float]:
 def dram_case(case: str, plan: str) -> None:
     """Run one step of one case between profiler marks: what ncu counts."""
     import torch
-    from baselines import build
-    from shapes import LORAFUSION
 
     import fastlora
+    from fastlora.bench.providers import build, draw_weights
+    from fastlora.bench.shapes import LORAFUSION
 
     linear, device = LORAFUSION[case], torch.device("cuda:0")
-    layer, parameters = build("fastlora-bf16", linear, 16, 0.1, device, torch.bfloat16)
+    (weights,) = draw_weights({"": linear}, 16, device, torch.bfloat16).values()
+    layer, parameters = build("fastlora-bf16", weights, 0.1)
     x = torch.randn(8192, linear.k, device=device).bfloat16().requires_grad_()
     dy = torch.randn(8192, linear.n, device=device).bfloat16()
     with fastlora.backend(plan):
@@ -276,7 +286,7 @@ def import_results(folder: Path) -> int:
     from fastlora.kernels.tile_config import TUNED, device_slug, read_table
 
     tables = [csv.DictReader(path.read_text().splitlines()) for path in folder.glob("*.csv")]
-    names = {row["device"] for rows in tables for row in rows}
+    names = {row.get("gpu") or row.get("device") for rows in tables for row in rows} - {None, ""}
     table = folder / "tuned.json"
     if table.exists():
         import json
@@ -301,11 +311,20 @@ def import_results(folder: Path) -> int:
     return 0
 
 
+_RUN = {
+    "tests": run_tests,
+    "tune": run_tune,
+    "bench": run_bench,
+    "compiled": run_compiled,
+    "dram": run_dram,
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--part", choices=_RUN)
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--commit", help="what is measured; default: git's HEAD")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, without a GPU")
@@ -326,7 +345,13 @@ def main() -> int:
 
         if not options.smoke and not torch.cuda.is_available():
             parser.error("there is no CUDA device; --smoke runs without one")
-        parts = {"tests": run_tests, "tune": run_tune, "train": run_train, "dram": run_dram}
+        parts = {
+            "tests": run_tests,
+            "tune": run_tune,
+            "bench": run_bench,
+            "compiled": run_compiled,
+            "dram": run_dram,
+        }
         return parts[options.part](Run(options))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

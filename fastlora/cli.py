@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fastlora
+from fastlora.bench.arguments import add_arguments as add_bench_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +19,9 @@ _DTYPES = ("bfloat16", "float16")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    options.arguments = list(arguments)
     try:
         status: int = options.run(options)
     except (ValueError, OSError, RuntimeError) as error:
@@ -45,7 +48,58 @@ def _parser() -> argparse.ArgumentParser:
             "that comes with fastlora keep what it says."
         ),
     ))  # fmt: skip
+    bench = commands.add_parser(
+        "bench",
+        help="measure what fastlora gains over peft on this machine",
+        description=(
+            "Measure LoRA layers, linears, operators and training steps by fastlora, peft and "
+            "others, and count what they launch and move. Everything is checked against fp64 "
+            "before it is timed, and all take turns. Prints a table; writes report.html, its "
+            "figures and all rows as CSV. The exit status is 1 if a provider was refused because "
+            "its results are wrong, or it did not run."
+        ),
+    )
+    add_bench_arguments(bench)
+    bench.set_defaults(run=_bench)
+    _add_doctor(commands.add_parser(
+        "doctor",
+        help="say what fastlora does on this machine, and what to do about problems",
+        description=(
+            "Print versions, GPUs, tuned tables and the plans that the layers of a model would "
+            "follow, and what to do about each problem. The exit status is 1 if something is "
+            "broken."
+        ),
+    ))  # fmt: skip
     return parser
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from fastlora.bench.command import run
+
+    return run(options)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", help="a model's name on the hub or folder; only its config is read"
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 2048], metavar="M")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
+    parser.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="of the base weights")
+    parser.add_argument("--dropout", type=float, default=0.1, help="lora_dropout (default: 0.1)")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import torch
+
+    from fastlora.doctor import examine
+
+    report = examine(
+        options.model, options.tokens, options.rank, getattr(torch, options.dtype), options.dropout
+    )
+    print(report)
+    return 1 if report.broken else 0
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:

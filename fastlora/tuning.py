@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fastlora.kernels.tile_config import (
     tile_key,
     user_cache,
 )
+from fastlora.timing import measure_us
 
 Progress = Callable[[str], None]
 Timings = Mapping[str, Callable[[], object]]
@@ -110,45 +111,6 @@ def thin_candidates(operation: str, default: TileConfig) -> Iterator[TileConfig]
     for width in (getattr(default, field) // 2, getattr(default, field) * 2):
         if width >= 16:
             yield replace(default, **{field: width})
-
-
-def measure_us(
-    functions: Timings, device: torch.device, rounds: int = 10
-) -> dict[str, list[float]]:
-    """Time functions in turn, round by round, with a cold L2 cache; returns microseconds of each.
-
-    On CUDA the time is the device's, between two events. The order of a round alternates.
-    """
-    for function in functions.values():
-        function()
-    taken: dict[str, list[float]] = {name: [] for name in functions}
-    if device.type != "cuda":
-        for number in range(rounds):
-            for name in _in_turn(functions, number):
-                start = time.perf_counter()
-                functions[name]()
-                taken[name].append(1e6 * (time.perf_counter() - start))
-        return taken
-    # Larger than any L2 cache (50 MiB on an H200, 126 on a B200), and long enough to write that the
-    # host is ahead of the device when the function's turn comes.
-    cold = torch.empty(256 << 20, dtype=torch.int8, device=device)
-    events = []
-    for number in range(rounds):
-        for name in _in_turn(functions, number):
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cold.zero_()
-            before.record()
-            functions[name]()
-            after.record()
-            events.append((name, before, after))
-    torch.cuda.synchronize(device)
-    for name, before, after in events:
-        taken[name].append(1e3 * before.elapsed_time(after))
-    return taken
-
-
-def _in_turn(functions: Timings, number: int) -> Iterable[str]:
-    return reversed(list(functions)) if number % 2 else iter(functions)
 
 
 def _fastest(

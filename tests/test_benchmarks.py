@@ -8,6 +8,8 @@ import bench_saved_memory
 import pytest
 from tiny_models import tiny_peft, token_ids
 
+from fastlora.bench.measuring import Timing
+
 
 @pytest.mark.parametrize("case", bench_saved_memory.CASES, ids=lambda case: case.name)
 def test_saved_bytes_stay_within_the_promised_limits(case):
@@ -55,7 +57,7 @@ def test_host_benchmark_compares_with_the_bare_linears_and_with_peft_of_the_same
     us = {"peft": peft, "peft, p = 0.1": 80.0, "fastlora": ours, "fastlora, p = 0.1": 3.0}
 
     def measure(functions, rounds, calls):
-        return {(name, i): 7 * us.get(name, 1.0) for name, i in functions}
+        return {(name, i): Timing(((7 * us.get(name, 1.0),),)) for name, i in functions}
 
     monkeypatch.setattr(bench_host, "measure", measure)
     bench_host.compare_layers("fp32, without autocast", 1, 1)

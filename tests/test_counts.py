@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import json
 
-import baselines
 import counts
 import pytest
 import torch
-from accuracy import assert_as_accurate, output_gradient
-from shapes import DROPOUT, GROUPS, INPUTS, LORAFUSION, MODELS, RANK, Linear
 
 import fastlora
 from fastlora import dropout, plans
+from fastlora.bench import counting, providers
+from fastlora.bench.shapes import (
+    DROPOUT,
+    GROUPS,
+    INPUTS,
+    LORAFUSION,
+    MAIN_MODELS,
+    MODELS,
+    NAMES,
+    RANK,
+    Linear,
+)
 from fastlora.kernels import adapter_grads, low_rank_gemm, shrink, tile_config
 from fastlora.kernels.tile_config import TileConfig
 
@@ -33,9 +42,9 @@ def poisoned_empty():
 def no_tuned_tiles(monkeypatch, tmp_path):
     """Count with default tiles, so that the number of launches does not follow the table."""
     monkeypatch.setattr(tile_config, "TUNED", tmp_path)
-    counts.clear()
+    counting.clear()
     yield tmp_path
-    counts.clear()
+    counting.clear()
 
 
 def empty(*shape, dtype=BF16):
@@ -44,13 +53,13 @@ def empty(*shape, dtype=BF16):
 
 def both(provider, plan, shape, m):
     """Count forward and backward of one linear together."""
-    forward, backward = counts.count(provider, plan, shape, m)
+    forward, backward = counting.count(provider, shape, m, plan=plan)
     return forward + backward
 
 
 def counted(function, *tensors, **kwargs):
     """Count what one call launches."""
-    with counts.recording() as recorder:
+    with counting.recording() as recorder:
         function(*[empty(*shape) for shape in tensors], **kwargs)
     return recorder.counts()
 
@@ -111,7 +120,7 @@ def test_dropout_is_one_launch_that_saves_a_byte_mask_as_in_cuda():
 def test_a_kernel_moves_each_tensor_in_its_arguments_once_and_partial_results_twice(splits):
     m, k, r = 64, 256, 16
     config = TileConfig(32, block_k=32, splits=splits)
-    with counts.recording() as recorder:
+    with counting.recording() as recorder:
         x, a, seed = empty(m, k), empty(r, k), torch.empty((), dtype=torch.int64)
         shrink.shrink(
             x, [a], seed, dropout.threshold(0.5), rank_dtype=BF16, return_bits=True, config=config
@@ -125,7 +134,7 @@ def test_a_kernel_moves_each_tensor_in_its_arguments_once_and_partial_results_tw
 
 def test_tensors_inside_descriptors_and_stand_ins_for_absent_ones_are_counted_once():
     m, n, k, r = 64, 96, 128, 16
-    with counts.recording() as recorder:
+    with counting.recording() as recorder:
         x, weight, h, b = empty(m, k), empty(n, k), empty(1, m, r), empty(n, r)
         low_rank_gemm.low_rank_gemm(x, [weight], [None], h, [b], [1.0])
     found = recorder.counts()
@@ -137,7 +146,7 @@ def test_an_expanded_dy_costs_a_kernel_what_it_holds():
     m, n, r = 64, 96, 16
 
     def run(dy):
-        with counts.recording() as recorder:
+        with counting.recording() as recorder:
             operands = [dy()], None, empty(1, m, r), [empty(n, r)], None, [1.0]
             adapter_grads.adapter_grads(*operands, rank_dtype=BF16, grad_dtype=BF16)
         return recorder.counts().bytes
@@ -174,8 +183,8 @@ def test_the_fused_plan_moves_what_the_design_says_and_stays_within_the_limits(c
         (SQUARE, DROPOUT, "fastlora", "hybrid", 4, 6),
         (SQUARE, 0.0, "fastlora", "fused", 2, 5),
         (SQUARE, 0.0, "fastlora", "hybrid", 3, 6),
-        (MODELS["Qwen2.5-0.5B"]["q_proj"], DROPOUT, "fastlora", "fused", 3, 5),
-        (MODELS["Qwen2.5-0.5B"]["q_proj"], DROPOUT, "fastlora", "hybrid", 4, 6),
+        (MODELS["Qwen2.5-0.5B"].linears["q_proj"], DROPOUT, "fastlora", "fused", 3, 5),
+        (MODELS["Qwen2.5-0.5B"].linears["q_proj"], DROPOUT, "fastlora", "hybrid", 4, 6),
         (SQUARE, DROPOUT, "frozen", "auto", 1, 1),
         (SQUARE, 0.0, "addmm", "auto", 5, 10),
         (SQUARE, DROPOUT, "peft-bf16", "auto", 6, 8),
@@ -183,7 +192,7 @@ def test_the_fused_plan_moves_what_the_design_says_and_stays_within_the_limits(c
     ],
 )
 def test_launches_of_one_linear(no_tuned_tiles, shape, p, provider, plan, forward, backward):
-    passes = counts.count(provider, plan, shape, 8192, p=p)
+    passes = counting.count(provider, shape, 8192, p=p, plan=plan)
     assert [one.launches for one in passes] == [forward, backward]
 
 
@@ -194,28 +203,36 @@ def test_fp32_adapters_are_cast_inside_the_kernels(plan):
     assert mixed.names == half.names
 
 
-LAYERS = pytest.mark.parametrize("model", MODELS)
+LAYERS = pytest.mark.parametrize("model", MAIN_MODELS)
 LIMITED = pytest.mark.parametrize("plan", counts.LAUNCH_LIMITS)
+
+
+def layer(provider, model, m, p=DROPOUT, plan=None):
+    """Record the linears of a decoder layer."""
+    return counting.record_layer(provider, MODELS[model].linears, m, p=p, plan=plan)
 
 
 @LAYERS
 @LIMITED
 def test_launches_of_a_decoder_layer_stay_within_the_promised_limits(no_tuned_tiles, model, plan):
-    forward, backward = counts.record_layer("fastlora", plan, model, 8192).counts
+    forward, backward = layer("fastlora", model, 8192, plan=plan).counts
     assert counts.exceeded(plan, forward, backward) is None
 
 
 @LIMITED
 def test_every_group_draws_one_seed_and_none_without_dropout(plan):
     for p, seeds in ((DROPOUT, len(GROUPS)), (0.0, 0)):
-        forward, backward = counts.record_layer("fastlora", plan, "Qwen2.5-0.5B", M, p=p).counts
-        assert (forward.names.get(counts.SEED, 0), backward.names.get(counts.SEED, 0)) == (seeds, 0)
+        forward, backward = layer("fastlora", "Qwen2.5-0.5B", M, p, plan).counts
+        assert (forward.names.get(counting.SEED, 0), backward.names.get(counting.SEED, 0)) == (
+            seeds,
+            0,
+        )
 
 
 @LIMITED
 def test_beside_its_frozen_products_a_group_reads_x_twice(plan):
     """Once for every h of the group, once for every dA."""
-    passes = counts.record_layer("fastlora", plan, "Qwen3-8B", M)
+    passes = layer("fastlora", "Qwen3-8B", M, plan=plan)
     for number, names in enumerate(GROUPS):
         # The fused products of a group are one launch.
         products = {"fused": ["_low_rank_gemm_kernel"], "hybrid": ["addmm_"] * len(names)}[plan]
@@ -230,16 +247,16 @@ def test_beside_its_frozen_products_a_group_reads_x_twice(plan):
 def test_autograd_adds_up_the_gradients_of_shared_inputs_for_bare_linears_and_not_for_groups(
     provider, plan, additions
 ):
-    _, backward = counts.record_layer(provider, plan, "Qwen2.5-7B", M, p=0.0).counts
+    _, backward = layer(provider, "Qwen2.5-7B", M, 0.0, plan).counts
     assert sum(backward.names.get(name, 0) for name in ("add", "add_")) == additions
 
 
 def test_a_layer_of_peft_launches_what_its_linears_do_and_the_additions():
     """Nothing of it is shared, so that seven linears one by one are a check of the whole."""
-    linears = MODELS["Qwen2.5-0.5B"]
-    whole = counts.record_layer("peft", "auto", "Qwen2.5-0.5B", M).counts
-    parts = [counts.count("peft", "auto", shape, M) for shape in linears.values()]
-    forward, backward = (sum((each[i] for each in parts), counts.Counts()) for i in (0, 1))
+    linears = MODELS["Qwen2.5-0.5B"].linears
+    whole = layer("peft", "Qwen2.5-0.5B", M).counts
+    parts = [counting.count("peft", shape, M) for shape in linears.values()]
+    forward, backward = (sum((each[i] for each in parts), counting.Counts()) for i in (0, 1))
     additions = 2 * M * 3 * 3 * linears["q_proj"].k
     assert (whole[0].launches, whole[0].bytes) == (forward.launches, forward.bytes)
     assert whole[1].launches == backward.launches + 3
@@ -248,10 +265,7 @@ def test_a_layer_of_peft_launches_what_its_linears_do_and_the_additions():
 
 @LAYERS
 def test_fused_moves_less_than_hybrid_and_hybrid_less_than_peft(model):
-    passes = {
-        name: counts.record_layer(provider, plan, model, M).counts
-        for name, (provider, plan) in counts.COLUMNS.items()
-    }
+    passes = {name: layer(provider, model, M).counts for name, provider in counts.COLUMNS.items()}
     sums = {name: forward + backward for name, (forward, backward) in passes.items()}
     moved = [sums[name].bytes for name in ("frozen", "fused", "hybrid", "peft-bf16", "peft")]
     assert moved == sorted(moved)
@@ -264,14 +278,14 @@ def test_fused_moves_less_than_hybrid_and_hybrid_less_than_peft(model):
 
 
 def test_saved_bytes_are_h_and_one_bit_an_element():
-    (forward, _) = counts.count("fastlora", "fused", SQUARE, M)
+    (forward, _) = counting.count("fastlora", SQUARE, M, plan="fused")
     assert forward.saved == 2 * M * RANK + M * SQUARE.k // 8
 
 
 def test_automatic_plans_follow_the_committed_table_and_no_user_s(
     no_tuned_tiles, monkeypatch, tmp_path_factory
 ):
-    linears = MODELS["Qwen3-8B"]
+    linears = MODELS["Qwen3-8B"].linears
     n = linears["gate_proj"].n
     keys = [
         tile_config.tile_key("low_rank_gemm", BF16, M, 2 * n, 4096, RANK, siblings=2),
@@ -290,54 +304,35 @@ def test_automatic_plans_follow_the_committed_table_and_no_user_s(
         assert tuned[operation] == hybrid[operation] | {"gate_proj/up_proj": "fused"}
 
 
-@pytest.mark.parametrize("provider", baselines.PROVIDERS[1:])
-def test_what_is_counted_computes_the_same_linear(provider):
-    """Every provider but the bare linear, at p = 0, against peft in fp64."""
-
-    def results(provider, dtype=torch.float32):
-        layer, parameters = baselines.build(
-            provider, Linear(24, 40, True), 8, 0.0, torch.device("cpu"), torch.float32
-        )
-        layer.to(dtype)
-        x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
-        x.requires_grad_()
-        y = layer(x)
-        return [y, *torch.autograd.grad(y, [x, *parameters], output_gradient(y))]
-
-    found, native, exact = results(provider), results("peft"), results("peft", torch.float64)
-    for name, *values in zip(("y", "dx", "dA", "dB"), found, native, exact, strict=True):
-        assert_as_accurate(*values, name=name)
+def test_the_automatic_plan_is_counted_as_an_h200_would_follow_it(no_tuned_tiles):
+    found, hybrid = (
+        layer("fastlora", "Qwen2.5-0.5B", M, plan=plan).counts[0].names for plan in (None, "hybrid")
+    )
+    assert found == hybrid
 
 
-@pytest.mark.parametrize("provider", baselines.PROVIDERS[1:])
-def test_a_layer_that_is_counted_computes_the_same(provider):
-    """Seven outputs, the gradients of four inputs and of fourteen matrices, as above."""
-    linears = {
-        name: Linear(16 if name[0] in "kv" else 40, 24, name[0] in "qkv")
-        for name in MODELS["Qwen3-8B"]
-    }
+@pytest.mark.parametrize("provider", ["peft-compiled", "nobody"])
+def test_what_cannot_be_counted_is_refused(provider):
+    message = "cannot be counted" if provider == "peft-compiled" else "there is no provider"
+    with pytest.raises(ValueError, match=message):
+        counting.count(provider, SQUARE, M)
 
-    def results(provider, dtype=torch.float32):
-        module, parameters = baselines.build_layer(
-            provider, linears, 8, 0.0, torch.device("cpu"), torch.float32
-        )
-        module.to(dtype)
-        generator = torch.Generator().manual_seed(1)
-        inputs = [torch.randn(5, 24, generator=generator).to(dtype) for _ in INPUTS]
-        wanted = [*(x.requires_grad_() for x in inputs), *parameters]
-        outputs = module(*inputs)
-        grads = torch.autograd.grad(outputs, wanted, [output_gradient(y) for y in outputs])
-        return [*outputs, *grads]
 
-    found, native, exact = results(provider), results("peft"), results("peft", torch.float64)
-    assert len(found) == 7 + 4 + 14
-    for number, values in enumerate(zip(found, native, exact, strict=True)):
-        assert_as_accurate(*values, name=f"result {number}")
+def test_flops_are_those_of_the_products():
+    m, n, k, r = 8192, SQUARE.n, SQUARE.k, RANK
+    assert both("frozen", None, SQUARE, m).flops == 4 * m * n * k
+    thin = 3 * 2 * m * r * (n + k)  # h, y; dh, dB, dA, dx
+    for provider, plan in (("peft", None), ("fastlora", "fused"), ("fastlora", "hybrid")):
+        assert both(provider, plan, SQUARE, m).flops == 4 * m * n * k + thin
+    # It computes h again in the backward pass.
+    forward, backward = counting.count("addmm", SQUARE, m, p=0.0)
+    assert (forward + backward).flops == 4 * m * n * k + thin + 2 * m * k * r
 
 
 def test_a_layer_calls_each_linear_on_its_input_and_returns_them_in_order():
-    linears = {name: Linear(8 + i, 24) for i, name in enumerate(MODELS["Qwen3-8B"])}
-    module, _ = baselines.build_layer("frozen", linears, 8, 0.0, torch.device("cpu"), torch.float32)
+    linears = {name: Linear(8 + i, 24) for i, name in enumerate(NAMES)}
+    weights = providers.draw_weights(linears, 8, torch.device("cpu"), torch.float32)
+    module, _ = providers.build_layer("frozen", weights, 0.0)
     inputs = dict(zip(GROUPS, torch.randn(len(GROUPS), 5, 24), strict=True))
     built = dict(module.self_attn.named_children()) | dict(module.mlp.named_children())
     expected = {name: built[name](x) for names, x in inputs.items() for name in names}
@@ -349,8 +344,8 @@ def test_counting_leaves_nothing_behind():
     device = torch.device("cpu")
     before = tile_config.tile_config_for("shrink", device, BF16, 64, k=8192, r=16)
     failures = dict(plans._failures)
-    counts.clear()
-    counts.count("fastlora", "fused", Linear(64, 8192), 64)
+    counting.clear()
+    counting.count("fastlora", Linear(64, 8192), 64, plan="fused")
     assert tile_config.tile_config_for("shrink", device, BF16, 64, k=8192, r=16) == before
     assert plans.device_limits(device) == tile_config.INTERPRETER
     assert plans._failures == failures
@@ -369,7 +364,7 @@ def test_the_command_fails_where_a_limit_on_operands_is_exceeded(monkeypatch, ca
 
 
 def test_the_command_fails_where_a_layer_launches_more_than_promised(monkeypatch, capsys):
-    monkeypatch.setattr(counts, "MODELS", {"Qwen2.5-0.5B": MODELS["Qwen2.5-0.5B"]})
+    monkeypatch.setattr(counts, "MAIN_MODELS", ["Qwen2.5-0.5B"])
     assert counts.layers_table()[1] == []
     for limits in ((7, 20), (8, 19)):
         monkeypatch.setitem(counts.LAUNCH_LIMITS, "fused", limits)

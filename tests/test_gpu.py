@@ -11,12 +11,12 @@ import copy
 import pytest
 import torch
 from accuracy import assert_as_accurate, assert_layer_as_accurate, output_gradient
-from baselines import build_layer
-from shapes import INPUTS, MODELS, Linear
 from torch import nn
 
 import fastlora
 from fastlora import LoRALinear, lora_linear, plans, siblings
+from fastlora.bench.providers import build_layer, draw_weights
+from fastlora.bench.shapes import INPUTS, MODELS, Linear
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +57,8 @@ def step(inputs, p=0.1):
 
 def layer_step(p=0.1, linears=SMALL, m=1024, provider="fastlora"):
     """Build a decoder layer; returns its forward and backward, under autocast as above."""
-    module, parameters = build_layer(provider, linears, 16, p, CUDA, torch.bfloat16)
+    weights = draw_weights(linears, 16, CUDA, torch.bfloat16)
+    module, parameters = build_layer(provider, weights, p)
     inputs = [
         torch.randn(1, m, linears[name].k, device=CUDA).bfloat16().requires_grad_()
         for name in INPUTS
@@ -133,7 +134,8 @@ def test_a_replayed_graph_agrees_with_eager(plan, make):
 def test_siblings_in_a_replayed_graph_keep_masks_of_their_own(plan):
     """Equal adapters on equal weights: only the masks can tell the outputs of two apart."""
     linears = SMALL | {"k_proj": Linear(512, 512, True), "v_proj": Linear(512, 512, True)}
-    module, _ = build_layer("fastlora-bf16", linears, 16, 0.5, CUDA, torch.bfloat16)
+    weights = draw_weights(linears, 16, CUDA, torch.bfloat16)
+    module, _ = build_layer("fastlora-bf16", weights, 0.5)
     attention = module.self_attn
     for name in ("k_proj", "v_proj"):
         getattr(attention, name).load_state_dict(attention.q_proj.state_dict())
@@ -258,13 +260,13 @@ def test_layers_of_qwen_are_as_accurate_as_peft(n, k, rows, plan):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("model", "rows"), [("Qwen2.5-0.5B", 1000), ("Qwen2.5-7B", 2048)])
 def test_groups_of_qwen_are_as_accurate_as_peft(model, rows, plan):
-    linears = MODELS[model]
-    options = {"r": 16, "p": 0.0, "device": CUDA, "dtype": torch.bfloat16}
+    linears = MODELS[model].linears
     inputs = [torch.randn(rows, linears[name].k, device=CUDA).bfloat16() for name in INPUTS]
     results = []
     for provider in ("fastlora-bf16", "peft-bf16", "exact"):
         name = "peft-bf16" if provider == "exact" else provider
-        module, parameters = build_layer(name, linears, **options)
+        weights = draw_weights(linears, 16, CUDA, torch.bfloat16)
+        module, parameters = build_layer(name, weights, 0.0)
         dtype = torch.float64 if provider == "exact" else torch.bfloat16
         module.to(dtype)
         xs = [x.detach().to(dtype).requires_grad_() for x in inputs]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gpu
-import gpu_train
+import promises
 import pytest
 import torch
-from shapes import MODELS, Linear
+
+from fastlora.bench import results
+from fastlora.bench.results import Row
+from fastlora.bench.shapes import MAIN_MODELS
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +31,7 @@ def run(*arguments, check=True):
     )
 
 
-@pytest.mark.parametrize("part", gpu.PARTS)
+@pytest.mark.parametrize("part", gpu._RUN)
 def test_a_part_runs_and_leaves_its_files(part, tmp_path):
     run("--part", part, "--out", tmp_path, "--smoke", "--commit", "abc1234")
     log = (tmp_path / f"{part}.log").read_text()
@@ -38,32 +41,32 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
     if part == "tune":
         entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
         assert {entry["key"]["siblings"] for entry in entries} == {1, 2}
-    if part == "train":
-        rows = list(csv.DictReader((tmp_path / "train.csv").read_text().splitlines()))
-        seen = {}
-        for row in rows:
-            key = (row["provider"], float(row["p"]), row["plan"])
-            seen.setdefault(row["linear"], []).append(key)
-        assert list(seen) == ["grouped layer", "/".join(MODELS["Qwen3-8B"]), "sum of linears"]
-        timed = (gpu_train.TIMED_LAYERS, gpu_train.TIMED, gpu_train.TIMED)
-        assert [tuple(keys) for keys in seen.values()] == list(timed)
-        assert all(float(row["graph_us"]) > 0 for row in rows)
-        assert "was not timed" not in log
+    if part in ("bench", "compiled"):
+        rows = results.read_folder(tmp_path)
+        assert not [row for row in rows if row.refused]
+        assert all(row.commit == "abc1234" for row in rows)
+        seen = {(row.level, row.provider) for row in rows}
+        assert {("layer", name) for name in ("frozen", "peft", "fastlora")} <= seen
+        if part == "bench":
+            levels = {"roof", "layer", "linear", "step", "operation"}
+            assert {row.level for row in rows} == levels
+            assert ("operation", "fastlora-fused") in seen
 
 
 def test_results_are_filed_under_their_device(tmp_path, monkeypatch):
     from fastlora.kernels import tile_config
 
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "train.csv").write_text("device,graph_us\nNVIDIA H200,1.0\n")
-    (tmp_path / "in" / "train.log").write_text("log\n")
+    results.writer(tmp_path / "in" / "layer.csv")(Row(gpu="NVIDIA H200", level="layer"))
+    (tmp_path / "in" / "dram.csv").write_text("device,case\nNVIDIA H200,q_proj\n")
+    (tmp_path / "in" / "bench.log").write_text("log\n")
     table = {"device": "NVIDIA H200", "entries": []}
     (tmp_path / "in" / "tuned.json").write_text(json.dumps(table))
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(tile_config, "TUNED", tmp_path / "tuned")
     assert gpu.import_results(tmp_path / "in") == 0
-    results = tmp_path / "benchmarks" / "results" / "nvidia-h200"
-    assert sorted(path.name for path in results.iterdir()) == ["train.csv", "train.log"]
+    filed = tmp_path / "benchmarks" / "results" / "nvidia-h200"
+    assert sorted(path.name for path in filed.iterdir()) == ["bench.log", "dram.csv", "layer.csv"]
     assert json.loads((tmp_path / "tuned" / "nvidia-h200.json").read_text()) == table
 
 
@@ -83,68 +86,67 @@ def test_results_of_no_device_are_refused(tmp_path, capsys):
 
 
 def test_what_is_promised_is_what_is_timed():
-    assert set(gpu_train.PROMISES) == set(MODELS)
-    assert set(gpu_train.LAYER_PROMISES) == {(m, 8192) for m in MODELS} | {("Qwen2.5-0.5B", 2048)}
-    for needed in (("fastlora", 0.1, "auto"), ("peft", 0.1, "auto"), ("peft-bf16", 0.1, "auto")):
-        assert needed in gpu_train.TIMED_LAYERS
-        assert needed in gpu_train.TIMED
+    assert set(promises.LINEARS) == set(MAIN_MODELS)
+    assert set(promises.LAYERS) == {(m, 8192) for m in MAIN_MODELS} | {("Qwen2.5-0.5B", 2048)}
+
+    class OnGpu:
+        smoke, device, facts = False, torch.device("cuda", 0), {"commit": "abc"}
+
+        def seconds_left(self):
+            return 60.0
+
+    options = promises._options(OnGpu(), "bench")
+    assert {model.name for model in options.models} == set(MAIN_MODELS)
+    assert {m for _, m in promises.LAYERS} == set(options.tokens)
+    compared = {provider.name for provider in options.providers_for("linear", 0.0)}
+    assert {"frozen", "peft", "peft-bf16", "addmm", "fastlora", "fastlora-fused"} <= compared
+    assert "peft-compiled" not in compared
+    compiled = promises._options(OnGpu(), "compiled")
+    assert "peft-compiled" in {one.name for one in compiled.providers_for("layer", 0.1)}
 
 
-class _FakeRun:
-    """What ``_time_layers`` takes of a run; it keeps what is said."""
-
-    smoke, device, facts = True, torch.device("cpu"), {}
-
-    def __init__(self, *, late=False):
-        self.late, self.said = late, []
-
-    def say(self, line):
-        self.said.append(line)
-
-    def out_of_time(self):
-        return self.late
+LAYER = Row(
+    level="layer", model="Qwen3-8B", case="layer", tokens=8192, rank=16, dropout=0.1,
+    provider="fastlora", median_us=10.0, over_frozen=1.07,
+)  # fmt: skip
 
 
-@pytest.fixture
-def fake_times(monkeypatch):
-    """Bare linears take 100 us, fastlora 110, peft 150: nothing is run."""
-
-    def time_steps(run, steps, rounds):
-        us = {"frozen": 100.0, "fastlora": 110.0}
-        return {key: {"graph_us": us.get(key[0], 150.0), "eager_us": 1.0} for key in steps}
-
-    monkeypatch.setattr(gpu_train, "_time_steps", time_steps)
-    monkeypatch.setattr(gpu_train, "_layer_fraction", lambda *_: 0.97)
+@pytest.mark.parametrize(("over_frozen", "kept"), [(1.07, True), (1.071, False)])
+def test_a_layer_s_promise_is_held_against_what_was_timed(over_frozen, kept):
+    (verdict,) = promises.verdicts([replace(LAYER, over_frozen=over_frozen)])
+    assert verdict.is_kept is kept
+    word = "kept" if kept else "NOT kept"
+    assert str(verdict).endswith(f": over frozen: {over_frozen:.3f}, {word} (<= 1.07)")
 
 
-TINY = dict.fromkeys(MODELS["Qwen3-8B"], Linear(16, 16))
+@pytest.mark.parametrize(
+    "change", [{"dropout": 0.0}, {"tokens": 2048}, {"rank": 64}, {"provider": "fastlora-fused"}]
+)
+def test_nothing_is_held_against_what_it_does_not_speak_of(change):
+    assert promises.verdicts([replace(LAYER, **change)]) == []
 
 
-@pytest.mark.parametrize(("promised", "verdict"), [(1.10, "kept"), (1.09, "NOT kept")])
-def test_a_layer_s_promise_is_held_against_what_was_timed(
-    fake_times, monkeypatch, promised, verdict
-):
-    monkeypatch.setitem(gpu_train.LAYER_PROMISES, ("tiny", 32), promised)
-    run, rows = _FakeRun(), []
-    assert gpu_train._time_layers(run, rows.append, "tiny", TINY, 32) is (verdict == "kept")
-    assert run.said[0].endswith(f": {verdict} (fastlora/frozen at most {promised})")
-    assert "fused GEMMs at 0.970 of cuBLAS" in run.said[0]
-    ratios = {(row["provider"], row["plan"]): row["ratio_to_frozen"] for row in rows}
-    assert ratios["frozen", "auto"] == 1.0
-    assert ratios["fastlora", "hybrid"] == 1.1
+def test_linears_are_added_up_as_often_as_a_layer_has_them():
+    linear = replace(LAYER, level="linear", over_frozen=None)
+    us = {"frozen": (100.0, 300.0), "peft": (150.0, 450.0), "fastlora": (100.0, 350.0)}
+    rows = [
+        replace(linear, provider=name, case=case, count=count, median_us=time)
+        for name, times in us.items()
+        for (case, count), time in zip((("q_proj", 2), ("down_proj", 1)), times, strict=True)
+    ]
+    over_frozen, over_peft = promises.verdicts(rows)
+    assert (over_frozen.seen, over_frozen.is_kept) == (550 / 500, True)
+    assert (over_peft.seen, over_peft.is_kept) == (pytest.approx(750 / 550), False)
 
 
-def test_a_layer_that_does_not_run_is_named_and_the_rest_goes_on(fake_times, monkeypatch):
-    monkeypatch.setattr(gpu_train, "_time_steps", lambda *_: 1 / 0)
-    run = _FakeRun()
-    assert gpu_train._time_layers(run, [].append, "tiny", TINY, 32) is False
-    assert run.said[0].startswith("tiny M=32, a layer was not timed:\nTraceback")
-
-
-def test_nothing_begins_after_the_time_is_up():
-    run = _FakeRun(late=True)
-    assert gpu_train._time_layers(run, [].append, "tiny", TINY, 32) is None
-    assert gpu_train._time_linears(run, [].append, "tiny", TINY, 32) is None
+def test_the_fused_gemm_is_held_against_cublas_and_linears_against_addmm():
+    gemm = replace(
+        LAYER, level="operation", case="input_grad of q_proj", provider="fastlora-fused",
+        over_frozen=1.04,
+    )  # fmt: skip
+    addmm = replace(LAYER, level="linear", provider="addmm", dropout=0.0, over_fastlora=0.98)
+    cases = [gemm, replace(gemm, over_frozen=1.02), addmm, replace(addmm, over_fastlora=1.0)]
+    assert [promises.verdicts([row])[0].is_kept for row in cases] == [False, True, False, True]
 
 
 def test_without_a_gpu_and_without_smoke_it_says_so(tmp_path):

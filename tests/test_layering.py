@@ -28,8 +28,29 @@ ORDER = [
     "siblings",
     "patching",
     "callback",
+    "timing",
     "tuning",
+    "bench",
+    "doctor",
     "cli",
+]
+# The same inside fastlora/bench/.
+BENCH = [
+    "arguments",
+    "shapes",
+    "providers",
+    "checking",
+    "counting",
+    "environment",
+    "results",
+    "measuring",
+    "modules",
+    "operations",
+    "steps",
+    "planning",
+    "session",
+    "report",
+    "command",
 ]
 
 
@@ -46,13 +67,29 @@ def imported_modules(path: Path) -> set[str]:
 
 def test_every_module_has_a_place_in_the_order():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules == set(ORDER)
+    assert modules | {"bench"} == set(ORDER)
+    assert {path.stem for path in (PACKAGE / "bench").glob("*.py")} - {"__init__"} == set(BENCH)
+
+
+def paths_of(module):
+    """Return the files of a module, or of a folder."""
+    folder = PACKAGE / module
+    return sorted(folder.glob("*.py")) if folder.is_dir() else [PACKAGE / f"{module}.py"]
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_imports_go_one_way(module):
-    later = {f"fastlora.{name}" for name in ORDER[ORDER.index(module) :]}
-    assert not imported_modules(PACKAGE / f"{module}.py") & later
+    later = tuple(f"fastlora.{name}" for name in ORDER[ORDER.index(module) :])
+    for path in paths_of(module):
+        for name in imported_modules(path):
+            inside = module == "bench" and name.startswith("fastlora.bench")
+            assert inside or not (name in later or name.startswith(tuple(f"{n}." for n in later)))
+
+
+@pytest.mark.parametrize("module", BENCH)
+def test_imports_inside_bench_go_one_way(module):
+    later = {f"fastlora.bench.{name}" for name in BENCH[BENCH.index(module) :]}
+    assert not imported_modules(PACKAGE / "bench" / f"{module}.py") & later
 
 
 OPERATION = ORDER[: ORDER.index("functional") + 1]

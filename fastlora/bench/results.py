@@ -1,0 +1,502 @@
+"""The rows of a run: CSV with units in its columns, the table of models, two runs compared."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+# A ratio whose rounds differ by more than this share of it is unstable, and never a headline.
+STABLE = 0.05
+
+LEVELS = ("roof", "counts", "operation", "linear", "layer", "step", "script")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two times that were taken in turn.
+
+    Attributes:
+        value: the median over the rounds.
+        low: the smallest of the rounds.
+        high: the largest.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """From the smallest to the largest round, as a share of the median."""
+        return (self.high - self.low) / self.value
+
+    @property
+    def is_stable(self) -> bool:
+        return self.spread <= STABLE
+
+    def agrees_with(self, other: Ratio) -> bool:
+        """Return whether the rounds of two runs overlap."""
+        return self.low <= other.high and other.low <= self.high
+
+    def __str__(self) -> str:
+        mark = "" if self.is_stable else " ~"
+        return f"{self.value:.2f} ({self.low:.2f}-{self.high:.2f}){mark}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing measured or counted; a column is empty where it does not apply.
+
+    Attributes:
+        date: of the run.
+        commit: of fastlora.
+        gpu: its name; empty on a CPU.
+        driver: of the GPU.
+        cpu: its name.
+        python: its version, as those of the packages that follow.
+        level: one of ``LEVELS``. At "counts" nothing is timed; at "roof" what the device reaches.
+        model: whose shapes these are.
+        case: which operation, linear or variant of the step; "layer" for the seven linears.
+        count: how often it occurs in a decoder layer.
+        n: out features, of a linear.
+        k: in features, of a linear.
+        tokens: rows of the input.
+        rank: of the adapters.
+        dropout: ``lora_dropout``.
+        dtype: of the frozen weights.
+        provider: what computed it.
+        timer: "graph" (CUDA graph), "eager" or "cpu" (processor time of the process).
+        rounds: in each of which every provider had its turns.
+        median_us: over all turns, forward and backward.
+        p20_us: the 20th percentile.
+        p80_us: the 80th.
+        eager_us: the median without a CUDA graph.
+        host_us: what the host takes to launch it all.
+        peak_mib: most memory allocated while it ran, beyond what lay there before.
+        tokens_per_s: of a training step.
+        over_frozen: time over that of the bare frozen linears, the median over the rounds.
+        over_frozen_low: in the round where it was smallest.
+        over_frozen_high: where it was largest.
+        over_fastlora: time over that of the provider ``fastlora``: its speed-up.
+        over_fastlora_low: in the round where it was smallest.
+        over_fastlora_high: where it was largest.
+        launches: counted: operations and kernels that run on the device.
+        moved_gib: counted: every operand of every launch once.
+        saved_mib: counted: what autograd keeps for the backward pass.
+        tflop: counted: of matrix products.
+        gate: the largest error over what is allowed; at most 1 where something was timed.
+        refused: why it was not timed.
+    """
+
+    date: str = ""
+    commit: str = ""
+    gpu: str = ""
+    driver: str = ""
+    cpu: str = ""
+    python: str = ""
+    torch: str = ""
+    triton: str = ""
+    peft: str = ""
+    transformers: str = ""
+    level: str = ""
+    model: str = ""
+    case: str = ""
+    count: int = 1
+    n: int | None = None
+    k: int | None = None
+    tokens: int = 0
+    rank: int = 0
+    dropout: float = 0.0
+    dtype: str = ""
+    provider: str = ""
+    timer: str = ""
+    rounds: int | None = None
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    eager_us: float | None = None
+    host_us: float | None = None
+    peak_mib: float | None = None
+    tokens_per_s: float | None = None
+    over_frozen: float | None = None
+    over_frozen_low: float | None = None
+    over_frozen_high: float | None = None
+    over_fastlora: float | None = None
+    over_fastlora_low: float | None = None
+    over_fastlora_high: float | None = None
+    launches: int | None = None
+    moved_gib: float | None = None
+    saved_mib: float | None = None
+    tflop: float | None = None
+    gate: float | None = None
+    refused: str = ""
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What two providers must share to be compared."""
+        return (self.model, self.tokens, self.rank, self.dropout, self.dtype)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two runs must share for this row to be the same."""
+        return (self.level, *self.setting, self.case, self.provider)
+
+    @property
+    def to_frozen(self) -> Ratio | None:
+        return _ratio(self.over_frozen, self.over_frozen_low, self.over_frozen_high)
+
+    @property
+    def to_fastlora(self) -> Ratio | None:
+        return _ratio(self.over_fastlora, self.over_fastlora_low, self.over_fastlora_high)
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether every ratio of the row stays within ``STABLE``."""
+        return all(r.is_stable for r in (self.to_frozen, self.to_fastlora) if r is not None)
+
+
+def _ratio(value: float | None, low: float | None, high: float | None) -> Ratio | None:
+    if value is None or low is None or high is None:
+        return None
+    return Ratio(value, low, high)
+
+
+COLUMNS = [one.name for one in fields(Row)]
+
+
+def writer(path: Path) -> Callable[[Row], None]:
+    """Open a CSV file; returns a function that writes one row, so that a cut run keeps it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+
+    def write(row: Row) -> None:
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow([_cell(getattr(row, c)) for c in COLUMNS])
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line.getvalue())
+
+    return write
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows to a CSV file."""
+    write = writer(path)
+    for row in rows:
+        write(row)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def read(path: Path) -> list[Row]:
+    """Read the rows of a CSV file that ``writer`` wrote.
+
+    Raises:
+        ValueError: the file has no such columns.
+        OSError: it cannot be read.
+    """
+    hints = get_type_hints(Row)
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        unknown = set(table.fieldnames or ()) - set(COLUMNS)
+        if unknown or "provider" not in (table.fieldnames or ()):
+            raise ValueError(
+                f"{path} is not a file of `fastlora bench`: columns {table.fieldnames}"
+            )
+        return [
+            Row(**{name: _parsed(hints[name], text) for name, text in record.items() if text})
+            for record in table
+        ]
+
+
+def read_folder(folder: Path) -> list[Row]:
+    """Read all rows that a run has written into a folder.
+
+    Raises:
+        ValueError: there are none, or a file is of another kind.
+    """
+    paths = [folder / f"{level}.csv" for level in LEVELS]
+    rows = [row for path in paths if path.exists() for row in read(path)]
+    if not rows:
+        raise ValueError(f"{folder} holds no results of `fastlora bench`")
+    return rows
+
+
+def _parsed(hint: Any, text: str) -> Any:
+    for kind in (int, float):
+        if hint in (kind, kind | None):
+            return kind(text)
+    return text
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of the table of a model: its decoder layer's linears, forward and backward.
+
+    Attributes:
+        model: whose.
+        tokens: rows of the input.
+        rank: of the adapters.
+        dropout: ``lora_dropout``.
+        dtype: of the frozen weights.
+        over_frozen: time over the bare frozen linears'.
+        over_peft: speed-up over peft's default.
+        over_peft_bf16: over peft with adapters in the base's dtype.
+        over_best: over the fastest other provider.
+        best: its name.
+        memory_saved: share of peft's memory that is saved.
+        memory: which memory that is: the "peak" as it was measured, or what is saved for the
+            backward pass as it was "counted".
+        bytes_over_peft: bytes moved through memory over peft's, counted.
+    """
+
+    model: str
+    tokens: int
+    rank: int
+    dropout: float
+    dtype: str
+    over_frozen: Ratio | None = None
+    over_peft: Ratio | None = None
+    over_peft_bf16: Ratio | None = None
+    over_best: Ratio | None = None
+    best: str = ""
+    memory_saved: float | None = None
+    memory: str = ""
+    bytes_over_peft: float | None = None
+
+    @property
+    def is_stable(self) -> bool:
+        ratios = (self.over_frozen, self.over_peft, self.over_peft_bf16, self.over_best)
+        return all(ratio.is_stable for ratio in ratios if ratio is not None)
+
+
+HEADINGS = (
+    "model",
+    "tokens",
+    "rank",
+    "dropout",
+    "time / bare frozen linears",
+    "speed-up over peft",
+    "over peft bf16",
+    "over the best other",
+    "memory saved",
+    "bytes moved / peft's",
+)
+
+
+def summaries(rows: Sequence[Row], ours: str = "fastlora") -> list[Summary]:
+    """Return a line for every setting of a decoder layer that was timed or counted."""
+    found = []
+    for setting in dict.fromkeys(row.setting for row in rows if row.case == "layer"):
+        here = [row for row in rows if row.setting == setting and row.case == "layer"]
+        timed = {row.provider: row for row in here if row.level == "layer" and row.median_us}
+        counted = {row.provider: row for row in here if row.level == "counts"}
+        found.append(
+            dataclasses.replace(
+                Summary(*setting),
+                **_of_timings(timed, ours),
+                **_of_memory(timed, counted, ours),
+            )
+        )
+    return found
+
+
+def others(timed: dict[str, Row]) -> dict[str, Ratio]:
+    """Return how much slower than fastlora every other provider is, the bare linears left out."""
+    return {
+        name: row.to_fastlora
+        for name, row in timed.items()
+        if row.to_fastlora is not None and name != "frozen" and not name.startswith("fastlora")
+    }
+
+
+def _of_timings(timed: dict[str, Row], ours: str) -> dict[str, Any]:
+    if ours not in timed:
+        return {}
+    slower = others(timed)
+    best = min(slower, key=lambda name: slower[name].value) if slower else ""
+    return {
+        "over_frozen": timed[ours].to_frozen,
+        "over_peft": slower.get("peft"),
+        "over_peft_bf16": slower.get("peft-bf16"),
+        "over_best": slower.get(best),
+        "best": best,
+    }
+
+
+def _of_memory(timed: dict[str, Row], counted: dict[str, Row], ours: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for rows, column, memory in ((counted, "saved_mib", "counted"), (timed, "peak_mib", "peak")):
+        if ours in rows and "peft" in rows:
+            mine, theirs = getattr(rows[ours], column), getattr(rows["peft"], column)
+            if mine is not None and theirs:
+                result |= {"memory_saved": 1 - mine / theirs, "memory": memory}
+    if ours in counted and "peft" in counted:
+        mine, theirs = counted[ours].moved_gib, counted["peft"].moved_gib
+        if mine is not None and theirs:
+            result["bytes_over_peft"] = mine / theirs
+    return result
+
+
+def table(lines: Sequence[Summary]) -> str:
+    """Return the table of models, as Markdown that is also readable as it is."""
+    return markdown(HEADINGS, [_cells(line) for line in lines])
+
+
+def _cells(line: Summary) -> list[str]:
+    def shown(value: Any, text: str) -> str:
+        return "" if value is None else text
+
+    return [
+        line.model,
+        f"{line.tokens:,}",
+        str(line.rank),
+        f"{line.dropout:g}",
+        shown(line.over_frozen, str(line.over_frozen)),
+        shown(line.over_peft, str(line.over_peft)),
+        shown(line.over_peft_bf16, str(line.over_peft_bf16)),
+        shown(line.over_best, f"{line.over_best} {line.best}"),
+        shown(line.memory_saved, f"{line.memory_saved or 0.0:.0%} ({line.memory})"),
+        shown(line.bytes_over_peft, f"{line.bytes_over_peft or 0.0:.2f}"),
+    ]
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns line up."""
+    cells = [list(headings), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What a device reaches where nothing else is in the way.
+
+    Attributes:
+        name: of the device.
+        bytes_per_s: of copying, what is read and what is written together.
+        flops_per_s: of a large matrix product.
+    """
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+
+
+def roofs(rows: Sequence[Row]) -> Roofs | None:
+    """Return the roofs that a run has measured, if it has."""
+    found = {row.case: row for row in rows if row.level == "roof" and row.median_us}
+    if not {"copy", "product"} <= set(found):
+        return None
+    copy, product = found["copy"], found["product"]
+    bytes_moved, flops = 2**30 * (copy.moved_gib or 0.0), 1e12 * (product.tflop or 0.0)
+    seconds = [(row.median_us or 0.0) / 1e6 for row in (copy, product)]
+    return Roofs(copy.gpu or copy.cpu, bytes_moved / seconds[0], flops / seconds[1])
+
+
+def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, Row, Ratio]]:
+    """Yield for everything that was timed whether fastlora "wins", is "even", or "loses".
+
+    Against the fastest other provider of the same case; "even" where the rounds lie on both sides
+    of 1, or nothing can be said: "unstable".
+    """
+    timed = [row for row in rows if row.level not in ("counts", "roof") and row.median_us]
+    for case in dict.fromkeys((row.level, row.setting, row.case) for row in timed):
+        here = {r.provider: r for r in timed if (r.level, r.setting, r.case) == case}
+        slower = others(here)
+        if "fastlora" not in here or not slower:
+            continue
+        best = min(slower, key=lambda name: slower[name].value)
+        ratio = slower[best]
+        if not ratio.is_stable:
+            verdict = "unstable"
+        elif ratio.low > 1:
+            verdict = "wins"
+        else:
+            verdict = "loses" if ratio.high < 1 else "even"
+        yield verdict, here[best], ratio
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """Say in a few lines what fastlora gains over the fastest other, and where it loses."""
+    found = list(verdicts(rows))
+    if not found:
+        return "Nothing was timed against another provider."
+    stable = [one for one in found if one[0] != "unstable"]
+    lines = []
+    for level in LEVELS:
+        of_level = [one for one in stable if one[1].level == level]
+        if of_level:
+            values = sorted(ratio.value for _, _, ratio in of_level)
+            number = sum(verdict == "wins" for verdict, _, _ in of_level)
+            lines.append(
+                f"{level}: {values[0]:.2f} to {values[-1]:.2f} times as fast as the fastest other "
+                f"provider; faster in {number} of {len(of_level)} cases"
+            )
+    unstable = len(found) - len(stable)
+    if unstable:
+        lines.append(
+            f"{unstable} of {len(found)} comparisons are unstable (rounds more than {STABLE:.0%} "
+            "apart) and are not in these lines"
+        )
+    for word, text in (("loses", "slower"), ("even", "neither faster nor slower")):
+        for verdict, row, ratio in stable:
+            if verdict == word:
+                lines.append(f"{text} than {row.provider}: {describe(row)}, {ratio}")
+    return "\n".join(lines)
+
+
+def describe(row: Row) -> str:
+    """Name what a row is about."""
+    parts = [f"{row.model} {row.case}".strip()]
+    if row.tokens:
+        parts += [f"{row.tokens:,} tokens", f"rank {row.rank}", f"dropout {row.dropout:g}"]
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A ratio that two runs do not agree on."""
+
+    row: Row
+    column: str
+    before: Ratio
+    after: Ratio
+
+    def __str__(self) -> str:
+        what = f"{self.row.level}: {describe(self.row)}, {self.row.provider}"
+        return f"{what}, {self.column}: {self.before} before, {self.after} now"
+
+
+def compare(before: Sequence[Row], after: Sequence[Row]) -> tuple[int, list[Difference]]:
+    """Compare the ratios of two runs.
+
+    Returns:
+        How many ratios stand in both, and those whose rounds do not overlap.
+    """
+    earlier = {row.key: row for row in before}
+    number, differences = 0, []
+    for row in after:
+        other = earlier.get(row.key)
+        for column, name in (("over_frozen", "to_frozen"), ("over_fastlora", "to_fastlora")):
+            then, now = (getattr(each, name, None) for each in (other, row))
+            # A provider's ratio to itself says nothing.
+            if then is None or now is None or then.low == then.high == 1.0:
+                continue
+            number += 1
+            if not now.agrees_with(then):
+                differences.append(Difference(row, column, then, now))
+    return number, differences
