@@ -164,23 +164,7 @@ def counted() -> str:
 
 def timed(device: str, level: str) -> str:
     """Return the times of one level: every case and provider, where fastlora loses too."""
-    rows = [row for row in rows_of(level, device) if row.median_us or row.refused]
-    return markdown(
-        ("model", "case", "tokens", "dropout", "provider", "ms", "/ frozen", "/ fastlora"),
-        [
-            (
-                row.model,
-                row.case,
-                str(row.tokens),
-                f"{row.dropout:g}",
-                row.provider,
-                f"{(row.median_us or 0.0) / 1e3:.2f}" if row.median_us else "refused",
-                str(row.to_frozen or ""),
-                str(row.to_fastlora or ""),
-            )
-            for row in rows
-        ],
-    )
+    return results.times(rows_of(level, device))
 
 
 def made_with(device: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bench_cpu_step
 import bench_host
+import bench_quickstart
 import bench_saved_memory
 import pytest
 from tiny_models import tiny_peft, token_ids
@@ -68,3 +69,45 @@ def test_host_benchmark_compares_with_the_bare_linears_and_with_peft_of_the_same
     }
     assert verdicts["fastlora"] == verdict
     assert verdicts["fastlora, p = 0.1"] == "kept / kept"
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A quickstart that says what ``fastlora.patch`` is, and fails if it is asked to."""
+    (tmp_path / "quickstart.py").write_text(
+        "import sys, fastlora\n"
+        "def main():\n"
+        "    print('patch is from', fastlora.patch.__module__)\n"
+        "    sys.exit('fail' in sys.argv)\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    monkeypatch.setattr(bench_quickstart, "EXAMPLES", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("provider", "module"), [("fastlora", "fastlora.patching"), ("peft", "__main__")]
+)
+def test_the_quickstart_is_timed_with_the_patch_and_without_it(script, provider, module):
+    with pytest.raises(RuntimeError, match=f"(?s){provider}: the script failed.*{module}"):
+        bench_quickstart.seconds_of(provider, ["fail"])
+
+
+def test_the_quickstart_s_time_is_that_of_its_process(script):
+    assert 0 < bench_quickstart.seconds_of("peft", []) < 60
+
+
+def test_the_quickstart_takes_turns_and_its_ratio_is_of_the_same_round(monkeypatch, capsys):
+    order = []
+
+    def seconds_of(provider, arguments):
+        order.append(provider)
+        drift = 2 ** ((len(order) - 1) // 2)
+        return drift * {"fastlora": 2.0, "peft": 3.0}[provider]
+
+    monkeypatch.setattr(bench_quickstart, "seconds_of", seconds_of)
+    rows = {row.provider: row for row in bench_quickstart.rows_of(bench_quickstart.compare(5, []))}
+    assert order[:4] == ["fastlora", "peft", "peft", "fastlora"]
+    peft = rows["peft"].to_fastlora
+    assert (peft.value, peft.low, peft.high) == (1.5, 1.5, 1.5)
+    assert rows["fastlora"].median_us == 8e6

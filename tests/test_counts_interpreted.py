@@ -568,8 +568,12 @@ def test_a_kernel_touches_what_is_counted_and_multiplies_what_is_counted(traces,
     assert [count.flops for count in counts] == [trace.flops for trace in traces]
 
 
-# Adapters that are taken apart get default tiles, not these.
-RAGGED = {name: case for name, case in CASES.items() if name != "all-grads-apart"}
+# Adapters that are taken apart get default tiles, not these; the others differ in dtypes alone.
+RAGGED = {
+    name: case
+    for name, case in CASES.items()
+    if not name.endswith(("-apart", "-autocast", "-fp32", "-three-passes"))
+}
 
 
 @pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED)
@@ -668,15 +672,16 @@ CPU = torch.device("cpu")
 )
 def test_a_linear_launches_touches_and_multiplies_what_is_counted_of_it(traces, provider, p, plan):
     """Sizes are whole tiles of an H200's defaults, by which both choose."""
-    shape, m, r = {"": Linear(256, 256, has_bias=True)}, 256, 16
+    m, r, size = 256, 16, 256 if plan == "fused" else 128
+    shape = {"": Linear(size, size, has_bias=True)}
 
     def built(device):
         (weights,) = providers.draw_weights(shape, r, device, HALF).values()
         return providers.build(provider, weights, p)
 
-    passes = counting.record(built(counting.META)[0], [256], plan, m, HALF)
+    passes = counting.record(built(counting.META)[0], [size], plan, m, HALF)
     assert counting.count(provider, shape[""], m, r, p, HALF, plan=plan) == passes.counts
-    x = torch.ones(m, 256, dtype=HALF, requires_grad=True)
+    x = torch.ones(m, size, dtype=HALF, requires_grad=True)
     assert_passes_as_counted(traces, *built(CPU), [x], plan, passes, whole=True)
 
 

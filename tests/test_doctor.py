@@ -422,6 +422,14 @@ def test_a_stale_table_is_ignored_and_has_the_command(gpus, tmp_path):
     assert str(report).count(found.remedy) == 1
 
 
+def test_a_committed_table_of_another_triton_is_followed_all_the_same(gpus, tmp_path):
+    write_table(tmp_path / "committed", triton="2.1.0", **QKV)
+    gpus(H200)
+    report = examine(QWEN)
+    assert about(report, "measured with Triton 2.1").kind == "ok"
+    assert row(report, 8192, "q/k/v")[0] == "fused, measured"
+
+
 def test_a_table_that_cannot_be_read_is_to_be_deleted(gpus, tmp_path):
     path = write_table(tmp_path / "fastlora/tuned", **QKV)
     path.write_text("{}")

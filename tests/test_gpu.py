@@ -15,6 +15,7 @@ from torch import nn
 
 import fastlora
 from fastlora import LoRALinear, lora_linear, plans, siblings
+from fastlora.bench import planning, session, shapes
 from fastlora.bench.providers import build_layer, draw_weights
 from fastlora.bench.shapes import INPUTS, MODELS, Linear
 
@@ -307,3 +308,33 @@ def test_operands_decide_the_device_and_not_the_current_one(plan):
     for ours, plain in zip(results, expected, strict=True):
         assert ours.device == other
         assert (ours.float() - plain.float()).norm() < 2**-6 * plain.float().norm()
+
+
+def test_a_session_measures_in_graphs_with_every_column_of_a_gpu(tmp_path):
+    """`fastlora bench` on a small model: every level, every provider but the compiled one."""
+    qwen = shapes.MODELS["Qwen2.5-0.5B"]
+    config = {**qwen.config, "num_hidden_layers": 2, "vocab_size": 512}
+    options = planning.Options(
+        models=[shapes.Model("Qwen2.5-0.5B, cut", qwen.linears, 2, config)],
+        tokens=(1024,),
+        providers=("peft", "peft-bf16", "addmm", "fastlora-fused", "fastlora-hybrid"),
+        device=CUDA,
+        dtype=torch.bfloat16,
+        rounds=5,
+        seconds=60.0,
+    )
+    run = session.Session(options, tmp_path)
+    rows = run.run()
+    assert not run.notes
+    assert not [row for row in rows if row.refused]
+    timed = [row for row in rows if row.level not in ("counts", "roof")]
+    assert {row.level for row in timed} == {"layer", "linear", "step", "operation"}
+    for row in timed:
+        assert row.timer == ("eager" if row.level == "step" else "graph")
+        assert min(row.median_us, row.eager_us, row.host_us) > 0
+        assert row.peak_mib >= 0
+        assert row.gpu
+        assert row.driver
+        if row.level == "step":
+            assert row.launches > 50
+            assert row.tokens_per_s > 0

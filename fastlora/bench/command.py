@@ -17,6 +17,7 @@ from fastlora.bench.session import Session, progress
 from fastlora.kernels.tile_config import device_slug
 
 _QUICK = ("counts", "layer")
+_COMMAND = "command.txt"  # what measured the rows beside it, for a later report
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,14 +29,22 @@ def run(options: argparse.Namespace) -> int:
     """
     command = shlex.join(["fastlora", *options.arguments])
     if options.report:
-        return _show(results.read_folder(options.report), options, options.report, command)
+        rows, measured_by = results.read_folder(options.report), options.report / _COMMAND
+        if measured_by.exists():
+            command = measured_by.read_text(encoding="utf-8").strip()
+        return _show(rows, options, options.report, command)
     wanted = _wanted(options)
     device = wanted.device
     slug = device_slug(_device_name(device))
     folder: Path = options.out or Path("runs/bench") / slug
     session = Session(wanted, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _COMMAND).write_text(f"{command}\n", encoding="utf-8")
     with progress(session.ticks) as tick:
-        session.run(tick)
+        try:
+            session.run(tick)
+        except KeyboardInterrupt:
+            session.notes.append("Interrupted: what is missing was not measured.")
     return _show(session.rows, options, folder, command, session.notes)
 
 
@@ -67,6 +76,7 @@ def _wanted(options: argparse.Namespace) -> Options:
     quick: dict[str, Any] = {}
     if options.quick:
         quick = {"rounds": MIN_ROUNDS, "tokens": options.tokens[:1]}
+    minutes = 0.5 if options.quick else 8.0
     levels = options.levels or (_QUICK if options.quick else LEVELS)
     if options.shape:
         levels = [*levels, *(["linear"] if "linear" not in levels else [])]
@@ -82,7 +92,7 @@ def _wanted(options: argparse.Namespace) -> Options:
         "device": device,
         "dtype": getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32")),
         "rounds": options.rounds,
-        "seconds": 60 * (options.minutes or (0.5 if options.quick else 8.0)),
+        "seconds": 60 * (minutes if options.minutes is None else options.minutes),
         "commit": options.commit,
     }
     return Options(**settings | quick)
@@ -96,7 +106,8 @@ def _show(
     notes: Sequence[str] = (),
 ) -> int:
     """Print the table and the headline, write the report, compare."""
-    print(results.table(results.summaries(rows)))
+    lines = results.summaries(rows)
+    print(results.table(lines) if lines else results.times(rows))
     print()
     print(results.headline(rows))
     for note in notes:

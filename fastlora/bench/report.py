@@ -46,7 +46,7 @@ HOW_TO_READ = (
     "Refused means not timed, for the reason in its row: wrong results, a failure, or something "
     "that the provider cannot do.",
 )
-MEMORIES = {"peak": "of the peak", "saved": "of what backward needs"}
+MEMORIES = {"peak": "of the peak", "counted": "of what backward needs"}
 ENVIRONMENT = (
     *("gpu", "driver", "cpu", "python", "torch", "triton", "peft", "transformers"),
     *("commit", "date"),

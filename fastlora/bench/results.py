@@ -351,6 +351,27 @@ def table(lines: Sequence[Summary]) -> str:
     return markdown(HEADINGS, [_cells(line) for line in lines])
 
 
+def times(rows: Sequence[Row]) -> str:
+    """Return a table of everything that was timed, or refused, one line a row."""
+    return markdown(
+        ("model", "case", "tokens", "dropout", "provider", "ms", "/ frozen", "/ fastlora"),
+        [
+            (
+                row.model,
+                row.case,
+                f"{row.tokens:,}",
+                f"{row.dropout:g}",
+                row.provider,
+                "refused" if row.refused else f"{(row.median_us or 0.0) / 1e3:.2f}",
+                str(row.to_frozen or ""),
+                str(row.to_fastlora or ""),
+            )
+            for row in rows
+            if row.level not in ("counts", "roof") and (row.median_us or row.refused)
+        ],
+    )
+
+
 def _cells(line: Summary) -> list[str]:
     def shown(value: Any, text: str) -> str:
         return "" if value is None else text

@@ -217,6 +217,7 @@ class Session:
         timings = measuring.in_rounds(
             graphs or eager, device, rounds=rounds, turns=turns, before_round=before_round
         )
+        graphs.clear()  # their memory is needed for what follows
         for name, timing in timings.items():
             others = timings.get("frozen"), timings.get("fastlora")
             row = replace(
