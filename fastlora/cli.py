@@ -95,6 +95,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     from fastlora.doctor import examine
 
+    _check_sizes(options)
     report = examine(
         options.model, options.tokens, options.rank, getattr(torch, options.dtype), options.dropout
     )
@@ -135,6 +136,16 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_tune)
 
 
+def _check_sizes(options: argparse.Namespace) -> None:
+    if not 1 <= options.rank <= 256 or min(options.tokens) < 1:
+        raise ValueError(
+            f"rank must lie in [1, 256] and tokens must be positive, got rank {options.rank}, "
+            f"tokens {options.tokens}"
+        )
+    if not 0.0 <= options.dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {options.dropout}")
+
+
 def _tune(options: argparse.Namespace) -> int:
     import torch
 
@@ -142,13 +153,9 @@ def _tune(options: argparse.Namespace) -> int:
 
     if not options.model and not options.shape:
         raise ValueError("say what to tune for: --model NAME or --shape N K")
-    if not 1 <= options.rank <= 256 or min(options.tokens) < 1 or options.rounds < 1:
-        raise ValueError(
-            f"rank must lie in [1, 256] and tokens and rounds must be positive, got rank "
-            f"{options.rank}, tokens {options.tokens}, rounds {options.rounds}"
-        )
-    if not 0.0 <= options.dropout < 1.0:
-        raise ValueError(f"dropout must lie in [0, 1), got {options.dropout}")
+    _check_sizes(options)
+    if options.rounds < 1:
+        raise ValueError(f"rounds must be positive, got {options.rounds}")
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device (torch.cuda.is_available() is False)")
     path = tune(

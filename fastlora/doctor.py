@@ -194,7 +194,7 @@ def _variables() -> Iterator[Finding]:
 
 def _devices(kinds: dict[str, torch.device]) -> Iterator[Finding]:
     """Yield what is found of the CUDA devices, and note one of each kind that runs kernels."""
-    if driver := environment._driver():
+    if driver := environment.driver_version():
         yield Finding("ok", f"driver {driver}")
     if torch.cuda.is_available():
         for device in [torch.device("cuda", index) for index in range(torch.cuda.device_count())]:

@@ -12,7 +12,10 @@ Key = TypeVar("Key")
 
 
 def measure_us(
-    functions: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int = 10
+    functions: Mapping[Key, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 10,
+    first: int = 0,
 ) -> dict[Key, list[float]]:
     """Time functions in turn, round by round, with a cold L2 cache; returns microseconds of each.
 
@@ -24,12 +27,13 @@ def measure_us(
         functions: what is timed, by name; each runs once before it is timed.
         device: where they run.
         rounds: how often each is timed.
+        first: the number of the first round: odd ones go backwards.
     """
     for function in functions.values():
         function()
     taken: dict[Key, list[float]] = {name: [] for name in functions}
     if device.type != "cuda":
-        for number in range(rounds):
+        for number in range(first, first + rounds):
             for name in _in_turn(functions, number):
                 start = time.process_time()
                 functions[name]()
@@ -39,7 +43,7 @@ def measure_us(
     # host is ahead of the device when the function's turn comes.
     cold = torch.empty(256 << 20, dtype=torch.int8, device=device)
     events = []
-    for number in range(rounds):
+    for number in range(first, first + rounds):
         for name in _in_turn(functions, number):
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             cold.zero_()

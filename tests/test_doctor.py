@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -51,7 +52,7 @@ def bare_machine(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     # Not the variable: kernels that are imported without it are compiled in every later test.
     monkeypatch.setattr(plans, "interpreting", lambda: False)
-    monkeypatch.setattr(environment, "_driver", lambda: "")
+    monkeypatch.setattr(environment, "driver_version", lambda: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(plans, "_failures", {})
@@ -93,7 +94,7 @@ def gpus(monkeypatch):
             )
             for name in names
         ]
-        monkeypatch.setattr(environment, "_driver", lambda: "580.95")
+        monkeypatch.setattr(environment, "driver_version", lambda: "580.95")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
         monkeypatch.setattr(
@@ -275,7 +276,7 @@ def test_without_a_gpu_it_says_that_everything_is_plain():
     ],
 )
 def test_a_driver_whose_devices_torch_does_not_find(monkeypatch, cuda, visible, kind, remedy):
-    monkeypatch.setattr(environment, "_driver", lambda: "580.95")
+    monkeypatch.setattr(environment, "driver_version", lambda: "580.95")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -563,3 +564,18 @@ def test_long_lines_are_wrapped_and_stay_aligned_and_paths_are_whole():
     assert lines[2].startswith("          some-word")
     assert max(map(len, lines[:-2])) <= 100
     assert lines[-2] == f"          {path}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "300"], "rank must lie in"),
+        (["--tokens", "0"], "tokens must be positive"),
+        (["--dropout", "1"], r"dropout must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_in_one_line(arguments, message, capsys):
+    assert cli.main(["doctor", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastlora doctor: ")
+    assert re.search(message, error)

@@ -65,10 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=_DTYPES, help="of the frozen weights (default: bfloat16, float32 on cpu)"
     )
     how.add_argument(
-        "--rounds", type=int, default=7, help="in each of which all take turns (default: 7)"
+        "--rounds", type=int, help="in each of which all take turns (default: 7, quick: 5)"
     )
     how.add_argument("--minutes", type=float, help="what it may take (default: 8)")
-    how.add_argument("--quick", action="store_true", help="counts and layers, in under a minute")
+    how.add_argument(
+        "--quick",
+        action="store_true",
+        help="counts and layers of the first number of tokens, in under a minute",
+    )
     output = parser.add_argument_group("results")
     output.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/bench/<device>")
     output.add_argument(

@@ -10,6 +10,8 @@ for any mask ``D`` of the right rate and the low-rank term ``L(D) = s (x * D) A^
   alone has caused, another mask in the backward pass would give next to nothing.
 - The mean of ``D`` is 1: ``<L(D), L(1)>`` is ``|L(1)|^2``, and ``|L(D) - L(1)|^2`` has its
   expectation at the rate p; both within six standard deviations.
+- Where a row of x has a single feature, the row of ``L(D)`` is 0 or ``L(1) / (1 - p)``, and another
+  call has others of the two.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from fastlora.bench.shapes import GROUPS
 FACTOR = 1.2
 _DEVIATIONS = 6.0
 _SEED = 20251122
+_RATE_STEP = 2.0**-16
 
 # A module's forward and backward pass: outputs, gradients of the inputs, of the parameters.
 Results = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -117,14 +120,19 @@ class _Exact:
     def power(self, p: float) -> tuple[float, float]:
         """Return the expectation of ``|L(D) - L(1)|^2`` and the relative standard deviation.
 
-        The latter as if a row of ``h`` were normal, which it nearly is: a sum over all of K.
+        The latter from the second and the fourth moment of a mask's elements, with the mean of x^2
+        for each.
         """
         gram, spread = self.b.t() @ self.b, self.a @ self.a.t()
         of_column = SCALING**2 * ((gram @ self.a) * self.a).sum(0)
-        expected = p / (1 - p) * (self.x.square() @ of_column).sum().item()
+        second, fourth = p / (1 - p), (1 - p) * (p / (1 - p)) ** 4 + p
+        expected = second * (self.x.square() @ of_column).sum().item()
         product = gram @ spread
         effective_rank = product.trace().square() / (product @ product).trace()
-        return expected, math.sqrt(2 / (self.x.shape[0] * effective_rank.item()))
+        normal = 2 / (self.x.shape[0] * effective_rank.item())
+        each = (self.x.square().square() @ of_column.square()).sum().item()
+        beyond = (fourth - 3 * second**2) * each / expected**2
+        return expected, math.sqrt(max(0.0, normal + beyond))
 
 
 class Reference:
@@ -206,6 +214,7 @@ class Reference:
             module.train()
         found = self._named(*results)
         worst = check_errors(found, native, self._exact)
+        self._check_gains(found, native)
         if p:
             allowed = {
                 name: FACTOR * native[name] + torch.finfo(value.dtype).eps
@@ -213,6 +222,21 @@ class Reference:
             }
             self._check_dropout(module, parameters, p, allowed)
         return worst
+
+    def _check_gains(self, found: Mapping[str, Tensor], native: Mapping[str, float]) -> None:
+        """Check that errors are of rounding, which cancel, and not a factor.
+
+        Of the roundings at least rank times the smallest size are independent.
+        """
+        smallest = min(min(*one.x.shape, *one.b.shape[:1]) for one in self._exact_linears.values())
+        rank = next(iter(self._exact_linears.values())).a.shape[0]
+        for name, value in found.items():
+            exact = self._exact[name]
+            norm = exact.square().sum().item()
+            gain = (value.double() * exact).sum().item() / (norm or 1.0)
+            allowed = FACTOR * native[name] + torch.finfo(value.dtype).eps
+            if norm and not abs(gain - 1) <= _DEVIATIONS * allowed / math.sqrt(rank * smallest):
+                raise WrongResult(f"{name} is {gain:.4f} times what it should be")
 
     def _check_dropout(
         self,
@@ -222,8 +246,7 @@ class Reference:
         allowed: Mapping[str, float],
     ) -> None:
         torch.manual_seed(_SEED)
-        ys = module(*self._inputs)
-        ys = [ys] if isinstance(ys, Tensor) else list(ys)
+        ys = _outputs(module, self._inputs)
         linears = list(self._exact_linears.items())
         caused = []  # by the mask alone
         for (name, exact), y in zip(linears, ys, strict=True):
@@ -247,6 +270,59 @@ class Reference:
             base = sum_of([dx_base[name] for name in names])
             x = self._exact_linears[names[0]].x
             _check_identity(what, found[what], x, total, unsure, allowed[what], base)
+        self._check_single_features(module, p, allowed)
+
+    def _check_single_features(
+        self, module: nn.Module, p: float, allowed: Mapping[str, float]
+    ) -> None:
+        """Check inputs that have one feature other than zero in each row.
+
+        So a row of the low-rank term is 0 or 1 / (1 - p) times what it is without dropout.
+        """
+        inputs = [_one_feature_a_row(x) for x in self._inputs]
+        linears = {
+            name: _Exact(one, inputs[self._x_of[name]]) for name, one in self._weights.items()
+        }
+        torch.manual_seed(_SEED)
+        first, second = (_outputs(module, inputs) for _ in range(2))
+        for (name, exact), *ys in zip(linears.items(), first, second, strict=True):
+            kept = [_kept_rows(name, exact, y, p, allowed[f"y of {name}"]) for y in ys]
+            rows = exact.x.shape[0]
+            # By chance they are equal with a probability of less than 1e-8 then.
+            if torch.equal(*kept) and rows * p * (1 - p) >= 9:
+                raise WrongResult(f"the dropout of {name} has the same mask in two calls")
+
+
+def _outputs(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    ys = module(*inputs)
+    return [ys.detach()] if isinstance(ys, Tensor) else [y.detach() for y in ys]
+
+
+def _one_feature_a_row(x: Tensor) -> Tensor:
+    """Return zeros but for one feature of each row, as large as a row of normal numbers."""
+    rows, k = x.numel() // x.shape[-1], x.shape[-1]
+    single = torch.zeros(rows, k, dtype=x.dtype, device=x.device)
+    columns = torch.arange(rows, device=x.device) * 7919 % k  # a prime, so that all get their turn
+    single.scatter_(1, columns.unsqueeze(1), float(round(math.sqrt(k))))
+    return single.view_as(x).requires_grad_()
+
+
+def _kept_rows(name: str, exact: _Exact, y: Tensor, p: float, allowed: float) -> Tensor:
+    """Return which rows' only feature was kept."""
+    rows = y.double().flatten(0, -2)
+    found = rows - exact.base
+    kept = (found * exact.term).sum(1) > exact.term.square().sum(1) / 2
+    expected = kept.unsqueeze(1) * exact.term
+    scale = ((found * expected).sum() / expected.square().sum()).item()
+    # A rate may be rounded to a multiple of 2**-16, as fastlora's is.
+    rounded = abs(scale * (1 - p) - 1) <= _RATE_STEP / (1 - p) + allowed
+    if not (rounded and (found - scale * expected).norm() <= allowed * rows.norm()):
+        raise WrongResult(f"the dropout of {name} is not that of its input, scaled by 1 / (1 - p)")
+    number = kept.numel()
+    dropped = number - int(kept.sum())
+    if not abs(dropped - p * number) <= _DEVIATIONS * math.sqrt(p * (1 - p) * number):
+        raise WrongResult(f"the dropout of {name} drops {dropped} of {number}, p = {p}")
+    return kept
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

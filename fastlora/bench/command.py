@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from fastlora.bench.session import Session, progress
 from fastlora.kernels.tile_config import device_slug
 
 _QUICK = ("counts", "layer")
-_COMMAND = "command.txt"  # what measured the rows beside it, for a later report
+_ABOUT = "run.json"  # the command that measured the rows beside it, and what was left out
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,24 +29,27 @@ def run(options: argparse.Namespace) -> int:
             ``options.arguments`` has them as they were given, for the report.
     """
     command = shlex.join(["fastlora", *options.arguments])
+    # Now, because it may be the folder that is written to, or not be there.
+    earlier = results.read_folder(options.against) if options.against else None
     if options.report:
-        rows, measured_by = results.read_folder(options.report), options.report / _COMMAND
-        if measured_by.exists():
-            command = measured_by.read_text(encoding="utf-8").strip()
-        return _show(rows, options, options.report, command)
+        rows, about = results.read_folder(options.report), options.report / _ABOUT
+        known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+        command, notes = known.get("command", command), known.get("notes", [])
+        return _show(rows, options, earlier, options.report, command, notes)
     wanted = _wanted(options)
     device = wanted.device
     slug = device_slug(_device_name(device))
     folder: Path = options.out or Path("runs/bench") / slug
     session = Session(wanted, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _COMMAND).write_text(f"{command}\n", encoding="utf-8")
     with progress(session.ticks) as tick:
         try:
             session.run(tick)
         except KeyboardInterrupt:
             session.notes.append("Interrupted: what is missing was not measured.")
-    return _show(session.rows, options, folder, command, session.notes)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"command": command, "notes": session.notes}
+    (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return _show(session.rows, options, earlier, folder, command, session.notes)
 
 
 def _device_name(device: Any) -> str:
@@ -73,34 +77,32 @@ def _wanted(options: argparse.Namespace) -> Options:
     names = None
     if options.provider:
         names = [providers.load(n).name if ":" in n else n for n in options.provider]
-    quick: dict[str, Any] = {}
-    if options.quick:
-        quick = {"rounds": MIN_ROUNDS, "tokens": options.tokens[:1]}
     minutes = 0.5 if options.quick else 8.0
     levels = options.levels or (_QUICK if options.quick else LEVELS)
     if options.shape:
         levels = [*levels, *(["linear"] if "linear" not in levels else [])]
-    settings = {
+    settings: dict[str, Any] = {
         "models": models,
         "counted": counted,
         "linears": {f"{n} x {k}": shapes.Linear(n, k) for n, k in options.shape},
-        "tokens": options.tokens,
+        "tokens": options.tokens[:1] if options.quick else options.tokens,
         "ranks": options.rank,
         "dropouts": options.dropout,
         "levels": levels,
         "providers": names,
         "device": device,
         "dtype": getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32")),
-        "rounds": options.rounds,
+        "rounds": options.rounds or (MIN_ROUNDS if options.quick else 7),
         "seconds": 60 * (minutes if options.minutes is None else options.minutes),
         "commit": options.commit,
     }
-    return Options(**settings | quick)
+    return Options(**settings)
 
 
 def _show(
     rows: Sequence[Row],
     options: argparse.Namespace,
+    earlier: Sequence[Row] | None,
     folder: Path,
     command: str,
     notes: Sequence[str] = (),
@@ -115,8 +117,8 @@ def _show(
     refused = [row for row in rows if row.refused]
     for row in refused:
         print(f"REFUSED {row.provider}, {row.level}, {results.describe(row)}: {row.refused}")
-    if options.against:
-        number, differences = results.compare(results.read_folder(options.against), rows)
+    if earlier is not None:
+        number, differences = results.compare(earlier, rows)
         print(f"\n{number} ratios stand in {options.against} too; {len(differences)} disagree")
         for difference in differences:
             print(f"  {difference}")

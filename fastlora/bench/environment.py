@@ -25,7 +25,7 @@ def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit or _commit(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        "driver": _driver() if device.type == "cuda" else "",
+        "driver": driver_version() if device.type == "cuda" else "",
         "cpu": _cpu(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "peft", "transformers")},
@@ -53,7 +53,8 @@ def _commit() -> str:
     return version("fastlora-kernels") or "unknown"
 
 
-def _driver() -> str:
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, or ``""`` where there is none."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

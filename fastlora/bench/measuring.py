@@ -98,9 +98,9 @@ def in_rounds(
             f"at least {MIN_ROUNDS} rounds of one turn or more are needed, got {rounds} of {turns}"
         )
     taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for number in range(rounds):
         before_round()
-        for name, turns_us in measure_us(steps, device, turns).items():
+        for name, turns_us in measure_us(steps, device, turns, first=number).items():
             taken[name].append(tuple(turns_us))
     return {name: Timing(tuple(of_rounds)) for name, of_rounds in taken.items()}
 

@@ -81,6 +81,8 @@ class Options:
                 f"tokens, rank and time must be positive, got tokens {list(self.tokens)}, rank "
                 f"{list(self.ranks)} and {self.seconds:g} s"
             )
+        if small := [each for each in self.linears.values() if min(each.n, each.k) < 1]:
+            raise ValueError(f"out and in features must be positive, got {small[0].n} {small[0].k}")
         if wrong := [p for p in self.dropouts if not 0.0 <= p < 1.0]:
             raise ValueError(f"dropout must lie in [0, 1), got {wrong[0]}")
         if self.rounds < MIN_ROUNDS:

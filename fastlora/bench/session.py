@@ -38,7 +38,7 @@ class Session:
 
     Args:
         options: what to measure.
-        folder: where the rows go, a CSV file for each level.
+        folder: where the rows go, a CSV file for each level, in place of those of an earlier run.
 
     Attributes:
         rows: what was found so far.
@@ -63,6 +63,9 @@ class Session:
             tick: called with a number of ticks and what they were for, as the run goes on.
         """
         self._tick = tick or self._tick
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for level in ("roof", *planning.LEVELS):  # a folder holds one run
+            (self._folder / f"{level}.csv").unlink(missing_ok=True)
         end = time.monotonic() + self.options.seconds
         left = sum(item.share for item in self._items)
         late: list[Item] = []
@@ -103,6 +106,9 @@ class Session:
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
             self.notes.append(f"Too large for the memory: {item.title} ({reason}).")
+        except Exception as error:  # the rest of a long run must not be lost with one case
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.notes.append(f"Failed while it was timed: {item.title} ({reason}).")
         gc.collect()  # graphs and models hold on to each other
         if self.options.on_gpu:
             torch.cuda.empty_cache()
@@ -126,9 +132,13 @@ class Session:
     def _count(self, item: Item, seconds: float) -> None:
         row = item.row
         for provider in self.options.countable(row.dropout):
-            forward, backward = counting.record_layer(
-                provider.name, item.linears, row.tokens, row.rank, row.dropout
-            ).counts
+            try:
+                forward, backward = counting.record_layer(
+                    provider.name, item.linears, row.tokens, row.rank, row.dropout
+                ).counts
+            except Exception as error:  # it may not run on tensors that have no data
+                self._refuse(row, provider.name, error)
+                continue
             both = forward + backward
             counted = replace(row, provider=provider.name, launches=both.launches)
             self._write(
@@ -193,16 +203,19 @@ class Session:
             try:
                 step, gate = build(provider)
                 step()
-            except torch.OutOfMemoryError:
-                raise
-            except WrongResult as wrong:
-                self._write(replace(item.row, provider=name, refused=str(wrong)))
             except Exception as error:  # another library's failure is a result
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                self._write(replace(item.row, provider=name, refused=f"did not run: {reason}"))
+                self._refuse(item.row, name, error)
+                gc.collect()
             else:
                 checked[name] = step, gate
         return checked
+
+    def _refuse(self, row: Row, provider: str, error: Exception) -> None:
+        """Write down why a provider has no figures here."""
+        reason = str(error)
+        if not isinstance(error, WrongResult):
+            reason = f"did not run: {type(error).__name__}: {error}".partition("\n")[0]
+        self._write(replace(row, provider=provider, refused=reason))
 
     def _time(self, item: Item, checked: Checked, seconds: float, with_graphs: bool = True) -> None:
         device, rounds = self.options.device, self.options.rounds

@@ -130,7 +130,11 @@ def find(name: str) -> Model:
         return MODELS[stem]
     from transformers import AutoConfig
 
-    return from_config(AutoConfig.from_pretrained(name), name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:  # offline it does not say of what
+        raise OSError(f"{name}: {error}".partition("\n")[0]) from error
+    return from_config(config, name)
 
 
 def from_config(config: Any, name: str) -> Model:

@@ -68,7 +68,12 @@ def needed_bytes(model: Model, tokens: int, dtype: torch.dtype) -> int:
 
 def cut(model: Model, layers: int, vocabulary: int) -> Model:
     """Return a model with fewer layers and a smaller vocabulary, and a name that says so."""
+    layers, vocabulary = min(layers, model.layers), min(vocabulary, model.config["vocab_size"])
     config = {**model.config, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:layers]
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        config.pop(token, None)  # they may be cut off, and a step generates nothing
     name = f"{model.name} ({layers} of {model.layers} layers, vocabulary {vocabulary:,})"
     return Model(name, model.linears, layers, config)
 
@@ -105,9 +110,9 @@ class TrainingStep:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
             _apply_liger_kernel_to_instance(model=self._base)
-        length = min(tokens, _SEQUENCE)
+        sequences = next(n for n in range(-(-tokens // _SEQUENCE), tokens + 1) if tokens % n == 0)
         generator = torch.Generator(device).manual_seed(0)
-        shape, vocabulary = (tokens // length, length), model.config["vocab_size"]
+        shape, vocabulary = (sequences, tokens // sequences), model.config["vocab_size"]
         self._ids = torch.randint(vocabulary, shape, generator=generator, device=device)
 
     def checked_step(self, provider: Provider) -> tuple[Step, float | None]:
