@@ -16,6 +16,7 @@ def measure_us(
     device: torch.device,
     rounds: int = 10,
     first: int = 0,
+    warm_up: bool = True,
 ) -> dict[Key, list[float]]:
     """Time functions in turn, round by round, with a cold L2 cache; returns microseconds of each.
 
@@ -24,13 +25,15 @@ def measure_us(
     of a round alternates.
 
     Args:
-        functions: what is timed, by name; each runs once before it is timed.
+        functions: what is timed, by name.
         device: where they run.
         rounds: how often each is timed.
         first: the number of the first round: odd ones go backwards.
+        warm_up: run each once before anything is timed.
     """
-    for function in functions.values():
-        function()
+    if warm_up:
+        for function in functions.values():
+            function()
     taken: dict[Key, list[float]] = {name: [] for name in functions}
     if device.type != "cuda":
         for number in range(first, first + rounds):

@@ -113,8 +113,8 @@ def test_every_round_has_every_turn_of_every_step(machine):
     for name, us in (("a", 3), ("b", 5)):
         assert [len(turns) for turns in timings[name].rounds_us] == [2] * 6
         assert timings[name].medians_us == pytest.approx([us] * 6)
-    # Before each of the rounds, which are two turns and a run that is not timed.
-    assert begun == [0, 6, 12, 18, 24, 30]
+    # Two turns of both in each round; in the first of them a run before that is not timed.
+    assert begun == [0, 6, 10, 14, 18, 22]
 
 
 def test_a_steady_drift_within_a_round_cancels_as_the_order_alternates(machine):
@@ -136,7 +136,7 @@ def test_a_steady_drift_within_a_round_cancels_as_the_order_alternates(machine):
 def test_the_order_alternates_between_rounds_of_one_turn(machine):
     steps = {name: machine.step(name, 1) for name in "abc"}
     measuring.in_rounds(steps, CPU, rounds=5, turns=1)
-    timed = [machine.ran[first : first + 3] for first in range(3, 30, 6)]
+    timed = [machine.ran[first : first + 3] for first in range(3, 18, 3)]
     assert {turn[0] for turn in timed} == {"a", "c"}
 
 
@@ -165,9 +165,9 @@ def test_an_exception_before_a_round_ends_the_measurement(machine):
     ("seconds", "turns"),
     [
         pytest.param(0.001, 1, id="too-little-for-one"),
-        pytest.param(12.0, 1, id="a-round-of-one-turn-runs-everything-twice"),
-        pytest.param(25.0, 3, id="some"),
-        pytest.param(95.0, 14, id="many"),
+        pytest.param(8.0, 1, id="one"),
+        pytest.param(25.0, 4, id="some"),
+        pytest.param(85.0, 14, id="many"),
         pytest.param(1e6, 15, id="never-more"),
     ],
 )
@@ -178,7 +178,8 @@ def test_turns_fill_the_time_that_all_rounds_have(machine, seconds, turns):
     if 1 < turns < 15:
         machine.now = 0.0
         measuring.in_rounds(steps, CPU, rounds=5, turns=turns)
-        assert seconds - 6.0 <= machine.now <= seconds
+        # Beside the first run, which is not timed.
+        assert seconds - 6.0 <= machine.now - 1.2 <= seconds
 
 
 class FakeCuda:

@@ -100,7 +100,8 @@ def in_rounds(
     taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
     for number in range(rounds):
         before_round()
-        for name, turns_us in measure_us(steps, device, turns, first=number).items():
+        of_round = measure_us(steps, device, turns, first=number, warm_up=number == 0)
+        for name, turns_us in of_round.items():
             taken[name].append(tuple(turns_us))
     return {name: Timing(tuple(of_rounds)) for name, of_rounds in taken.items()}
 
@@ -112,8 +113,7 @@ def turns_for(steps: Mapping[str, Step], device: torch.device, rounds: int, seco
         step()
     synchronize(device)
     once = time.perf_counter() - start
-    # measure_us runs each once more at the beginning of a round.
-    return max(1, min(15, int(seconds / (rounds * once)) - 1))
+    return max(1, min(15, int(seconds / (rounds * once))))
 
 
 def synchronize(device: torch.device) -> None:
