@@ -131,8 +131,9 @@ class _Exact:
         effective_rank = product.trace().square() / (product @ product).trace()
         normal = 2 / (self.x.shape[0] * effective_rank.item())
         each = (self.x.square().square() @ of_column.square()).sum().item()
-        beyond = (fourth - 3 * second**2) * each / expected**2
-        return expected, math.sqrt(max(0.0, normal + beyond))
+        # Where a mask has less weight in its tails than a normal number, this is more than need be.
+        beyond = max(0.0, fourth - 3 * second**2) * each / expected**2
+        return expected, math.sqrt(normal + beyond)
 
 
 class Reference:
@@ -313,7 +314,9 @@ def _kept_rows(name: str, exact: _Exact, y: Tensor, p: float, allowed: float) ->
     found = rows - exact.base
     kept = (found * exact.term).sum(1) > exact.term.square().sum(1) / 2
     expected = kept.unsqueeze(1) * exact.term
-    scale = ((found * expected).sum() / expected.square().sum()).item()
+    scale = 1 / (1 - p)
+    if kept.any():
+        scale = ((found * expected).sum() / expected.square().sum()).item()
     # A rate may be rounded to a multiple of 2**-16, as fastlora's is.
     rounded = abs(scale * (1 - p) - 1) <= _RATE_STEP / (1 - p) + allowed
     if not (rounded and (found - scale * expected).norm() <= allowed * rows.norm()):

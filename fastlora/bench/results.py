@@ -454,10 +454,10 @@ def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, Row, Ratio]]:
 def headline(rows: Sequence[Row]) -> str:
     """Say in a few lines what fastlora gains over the fastest other, and where it loses."""
     found = list(verdicts(rows))
+    lines = _counted_lines(rows)
     if not found:
-        return "Nothing was timed against another provider."
+        return "\n".join([*lines, "Nothing was timed against another provider."])
     stable = [one for one in found if one[0] != "unstable"]
-    lines = []
     for level in LEVELS:
         of_level = [one for one in stable if one[1].level == level]
         if of_level:
@@ -478,6 +478,19 @@ def headline(rows: Sequence[Row]) -> str:
             if verdict == word:
                 lines.append(f"{text} than {row.provider}: {describe(row)}, {ratio}")
     return "\n".join(lines)
+
+
+def _counted_lines(rows: Sequence[Row]) -> list[str]:
+    """Say what was counted of layers; the plans are those that an H200 would follow."""
+    lines = [line for line in summaries(rows) if line.bytes_over_peft is not None]
+    if not lines:
+        return []
+    moved = sorted(line.bytes_over_peft or 0.0 for line in lines)
+    saved = sorted(line.memory_saved or 0.0 for line in lines if line.memory == "counted")
+    text = f"counts: a layer moves {moved[0]:.2f} to {moved[-1]:.2f} of peft's bytes"
+    if saved:
+        text += f" and keeps {saved[0]:.0%} to {saved[-1]:.0%} less for its backward pass"
+    return [f"{text}, with the plans of an H200"]
 
 
 def describe(row: Row) -> str:

@@ -25,7 +25,7 @@ from fastlora.bench.shapes import NAMES, Model
 
 # Others convert linears, not models.
 _PROVIDERS = ("frozen", "peft", "peft-bf16", "fastlora")
-_SEQUENCE = 4096  # tokens of one sequence, at most
+_SEQUENCE = 4096  # tokens of one sequence, at most, where a batch can be cut evenly
 _CHECKED_TOKENS = 128
 
 
@@ -110,7 +110,9 @@ class TrainingStep:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
             _apply_liger_kernel_to_instance(model=self._base)
-        sequences = next(n for n in range(-(-tokens // _SEQUENCE), tokens + 1) if tokens % n == 0)
+        fewest = -(-tokens // _SEQUENCE)
+        # A number that cannot be cut evenly is one long sequence.
+        sequences = next((n for n in range(fewest, 2 * fewest + 1) if tokens % n == 0), 1)
         generator = torch.Generator(device).manual_seed(0)
         shape, vocabulary = (sequences, tokens // sequences), model.config["vocab_size"]
         self._ids = torch.randint(vocabulary, shape, generator=generator, device=device)
