@@ -267,6 +267,6 @@ def test_without_matplotlib_it_says_what_to_install(
         write_report(ROWS, tmp_path / "report", COMMAND)
     assert str(caught.value) == (
         "report.html needs matplotlib: pip install 'fastlora-kernels[bench]', then "
-        "`fastlora bench --report FILE.csv`"
+        "`fastlora bench --report FOLDER`"
     )
     assert not list(tmp_path.iterdir())

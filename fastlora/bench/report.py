@@ -143,7 +143,7 @@ def write_report(
     except ImportError as error:
         raise RuntimeError(
             "report.html needs matplotlib: pip install 'fastlora-kernels[bench]', then "
-            "`fastlora bench --report FILE.csv`"
+            "`fastlora bench --report FOLDER`"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     files, figures = [folder / "report.html"], ""
