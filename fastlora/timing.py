@@ -44,7 +44,7 @@ def measure_us(
         return taken
     # Larger than any L2 cache (50 MiB on an H200, 126 on a B200), and long enough to write that the
     # host is ahead of the device when the function's turn comes.
-    cold = torch.empty(256 << 20, dtype=torch.int8, device=device)
+    cold = torch.empty(256 << 20, dtype=torch.uint8, device=device)
     events = []
     for number in range(first, first + rounds):
         for name in _in_turn(functions, number):

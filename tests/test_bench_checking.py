@@ -589,3 +589,9 @@ def test_a_wrong_kernel_of_ours_is_refused_before_it_is_timed(monkeypatch, short
         *((name, rank) for name in ("frozen", "peft", "fastlora") for rank in (16, 40)),
         ("fastlora-fused", 16),
     }
+
+
+def test_a_result_that_is_missing_is_refused():
+    exact = {name: torch.ones(3).double() for name in ("y", "dx")}
+    with pytest.raises(WrongResult, match="dx is missing"):
+        check({"y": torch.ones(3)}, exact, exact)

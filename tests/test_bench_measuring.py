@@ -16,11 +16,6 @@ from fastlora.bench.results import Ratio
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def poisoned_empty():
-    """Override the fixture of all tests: its byte is no int8, of which the large buffers are."""
-
-
 class Machine:
     """A machine whose time passes only while a step runs, and whose speed drifts."""
 
@@ -185,7 +180,7 @@ def test_turns_fill_the_time_that_all_rounds_have(machine, seconds, turns):
 class FakeCuda:
     """Stands in for torch in ``timing``: a device whose queue is a list of what it did."""
 
-    int8 = torch.int8
+    uint8 = torch.uint8
 
     def __init__(self) -> None:
         self.queue: list[str] = []

@@ -478,3 +478,13 @@ def test_roofs_are_bytes_and_flops_a_second():
     assert results.roofs([copy, LAYER]) is None
     on_cpu = [replace(row, gpu="", cpu="a CPU") for row in (copy, product)]
     assert results.roofs(on_cpu).name == "a CPU"
+
+
+@pytest.mark.parametrize("cells", ["one,two,three", "2026-11-26,a,,,,,,,,,layer,m,c,many,,,"])
+def test_a_broken_row_is_named_by_its_file_and_line(tmp_path, cells):
+    path = tmp_path / "layer.csv"
+    results.write_rows(path, [LAYER])
+    extra = cells + "," * (len(COLUMNS) + 3) + "x" if cells.startswith("one") else cells
+    path.write_text(path.read_text(encoding="utf-8") + extra + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"layer\.csv, line 3"):
+        results.read(path)

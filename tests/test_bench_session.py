@@ -250,11 +250,25 @@ def test_linears_of_one_size_are_one_case_that_says_how_many_they_are():
     assert all(list(item.linears) == [item.row.case] for item in items)
 
 
-def test_single_linears_are_timed_with_the_tokens_that_were_asked_for():
-    linears = {"5 x 7": Linear(5, 7)}
-    items = planning.plan(options_for(models=[], linears=linears, levels=["linear"], tokens=[512]))
-    (row,) = [item.row for item in items if item.row.level == "linear"]
-    assert (row.model, row.case, row.tokens, row.n, row.k) == ("5 x 7", "linear", 512, 5, 7)
+def test_single_linears_are_timed_with_as_many_tokens_as_a_cpu_can_take():
+    linears = {"5 x 7": Linear(5, 7), "large": Linear(8192, 8192), "huge": Linear(30000, 30000)}
+    options = options_for(models=[], linears=linears, levels=["linear"], tokens=[512, 8])
+    rows = [item.row for item in planning.plan(options) if item.row.level == "linear"]
+    first = rows[0]
+    assert (first.model, first.case, first.tokens, first.n, first.k) == (
+        "5 x 7",
+        "linear",
+        256,
+        5,
+        7,
+    )
+    tokens = [(row.model, row.tokens) for row in rows]
+    assert tokens == [("5 x 7", 256), ("5 x 7", 8), ("large", 64), ("large", 8)]
+    assert planning.left_out(options) == [
+        "5 x 7 is timed with 256 of 512 tokens on a CPU.",
+        "large is timed with 64 of 512 tokens on a CPU.",
+        "huge is not timed on a CPU: it is too large.",
+    ]
 
 
 def test_operators_are_those_of_three_linears_and_dropout_is_left_out_of_the_gemm():
@@ -423,7 +437,9 @@ def test_a_provider_is_loaded_from_a_module(tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_loaded_is_refused_by_its_name(path):
-    with pytest.raises(ValueError, match=f"'{path}' cannot be imported .package.module:name.: "):
+    with pytest.raises(
+        ValueError, match=f"'{path}' cannot be imported .package.module:name, on PYTHONPATH.: "
+    ):
         providers.load(path)
 
 
@@ -881,7 +897,7 @@ def test_a_folder_s_model_is_cut_for_the_step_of_a_cpu(tmp_path, kind, changes):
 
 def test_a_step_trains_as_many_tokens_as_its_row_says(monkeypatch):
     monkeypatch.setattr(steps, "_SEQUENCE", 8)
-    for tokens, shape in ((16, (2, 8)), (12, (2, 6)), (7, (1, 7)), (1, (1, 1))):
+    for tokens, shape in ((16, (2, 8)), (12, (2, 6)), (7, (1, 7)), (1, (1, 1)), (13, (1, 13))):
         assert training_step(tokens=tokens)._ids.shape == shape
 
 

@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help=(
-            "one of those in benchmarks/README.md (peft, peft-bf16, peft-compiled, addmm, "
-            "fastlora-fused, ...), or package.module:name of your own; may be repeated. frozen and "
-            "fastlora are always there"
+            "one of peft, peft-bf16, peft-compiled, addmm, fastlora-fused, fastlora-hybrid, "
+            "fastlora-bf16, or package.module:name of your own, on PYTHONPATH; may be repeated. "
+            "frozen and fastlora are always there"
         ),
     )
     how = parser.add_argument_group("how")

@@ -29,6 +29,7 @@ FACTOR = 1.2
 _DEVIATIONS = 6.0
 _SEED = 20251122
 _RATE_STEP = 2.0**-16
+_FEWEST_ROWS = 16
 
 # A module's forward and backward pass: outputs, gradients of the inputs, of the parameters.
 Results = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -69,6 +70,8 @@ def check_errors(
     found: Mapping[str, Tensor], native: Mapping[str, float], exact: Mapping[str, Tensor]
 ) -> float:
     """``check`` where the errors of ``native`` are known already."""
+    if missing := exact.keys() - found.keys():
+        raise WrongResult(f"{min(missing)} is missing")
     worst = 0.0
     for name, value in found.items():
         if value.shape != exact[name].shape:
@@ -216,7 +219,8 @@ class Reference:
         found = self._named(*results)
         worst = check_errors(found, native, self._exact)
         self._check_gains(found, native)
-        if p:
+        # With fewer rows chance alone would decide.
+        if p and min(one.x.shape[0] for one in self._exact_linears.values()) >= _FEWEST_ROWS:
             allowed = {
                 name: FACTOR * native[name] + torch.finfo(value.dtype).eps
                 for name, value in found.items()

@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     slug = device_slug(_device_name(device))
     folder: Path = options.out or Path("runs/bench") / slug
     session = Session(wanted, folder)
+    (folder / _ABOUT).unlink(missing_ok=True)  # of an earlier run
     with progress(session.ticks) as tick:
         try:
             session.run(tick)
@@ -49,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     about = {"command": command, "notes": session.notes}
     (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    return _show(session.rows, options, earlier, folder, command, session.notes)
+    status = _show(session.rows, options, earlier, folder, command, session.notes)
+    return 1 if session.failed else status
 
 
 def _device_name(device: Any) -> str:

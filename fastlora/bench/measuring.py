@@ -172,7 +172,7 @@ def copy_and_product(device: torch.device, dtype: torch.dtype) -> tuple[Timing, 
     """
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 1024
-    source = torch.zeros((512 if on_gpu else 64) << 20, dtype=torch.int8, device=device)
+    source = torch.zeros((512 if on_gpu else 64) << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     if not on_gpu:
         dtype = torch.float32  # CPUs compute half precision in it, and the slower for that

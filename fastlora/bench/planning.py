@@ -174,15 +174,25 @@ def left_out(options: Options) -> list[str]:
                 notes.append(f"{model.name} is not timed on a CPU: its layers are too large.")
             elif here < m:
                 notes.append(f"{model.name} is timed with {here} of {m:,} tokens on a CPU.")
+    for name, linear in options.linears.items():
+        for m in options.tokens:
+            here = _cut(options, linear.n * linear.k, m)
+            if here == 0:
+                notes.append(f"{name} is not timed on a CPU: it is too large.")
+            elif here < m:
+                notes.append(f"{name} is timed with {here} of {m:,} tokens on a CPU.")
     return list(dict.fromkeys(notes))
 
 
 def _tokens_here(options: Options, model: Model, m: int) -> int:
     """Return with how many tokens a model is timed on this device; 0: not at all."""
+    return _cut(options, sum(linear.n * linear.k for linear in model.linears.values()), m)
+
+
+def _cut(options: Options, weights: int, m: int) -> int:
     if options.on_gpu:
         return m
-    size = sum(linear.n * linear.k for linear in model.linears.values())
-    return min(m, next((few for limit, few in _CPU_TOKENS if size <= limit), 0))
+    return min(m, next((few for limit, few in _CPU_TOKENS if weights <= limit), 0))
 
 
 def _with(options: Options, row: Row) -> Iterator[Row]:
@@ -227,7 +237,9 @@ def _linears(options: Options, row: Row) -> Iterator[Item]:
             named = replace(setting, case="/".join(names), count=len(names))
             yield _linear(options, named, linear)
     for name, linear in options.linears.items():
-        for m in options.tokens:
+        for m in dict.fromkeys(_cut(options, linear.n * linear.k, m) for m in options.tokens):
+            if not m:
+                continue
             for setting in _with(options, replace(row, model=name, case="linear", tokens=m)):
                 yield _linear(options, setting, linear)
 

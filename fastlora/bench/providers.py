@@ -110,8 +110,10 @@ def load(path: str) -> Provider:
     module, _, name = path.partition(":")
     try:
         provider = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path!r} cannot be imported (package.module:name): {error}") from error
+    except Exception as error:  # whatever a module of somebody else's raises while it is imported
+        raise ValueError(
+            f"{path!r} cannot be imported (package.module:name, on PYTHONPATH): {error}"
+        ) from error
     if not isinstance(provider, Provider):
         raise ValueError(f"{path!r} is a {type(provider).__name__}, not a fastlora.bench Provider")
     register(provider)

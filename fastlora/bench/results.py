@@ -211,10 +211,14 @@ def read(path: Path) -> list[Row]:
             raise ValueError(
                 f"{path} is not a file of `fastlora bench`: columns {table.fieldnames}"
             )
-        return [
-            Row(**{name: _parsed(hints[name], text) for name, text in record.items() if text})
-            for record in table
-        ]
+        rows = []
+        for record in table:
+            try:
+                cells = {name: _parsed(hints[name], text) for name, text in record.items() if text}
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{path}, line {table.line_num}: {error!r}") from error
+            rows.append(Row(**cells))
+        return rows
 
 
 def read_folder(folder: Path) -> list[Row]:

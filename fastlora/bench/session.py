@@ -43,6 +43,7 @@ class Session:
     Attributes:
         rows: what was found so far.
         notes: what was left out, in sentences.
+        failed: whether something failed while it was timed (a note says what).
         ticks: of a progress bar for the whole run.
     """
 
@@ -50,6 +51,7 @@ class Session:
         self.options = options
         self.rows: list[Row] = []
         self.notes = planning.left_out(options)
+        self.failed = False
         self._folder = folder
         self._writers: dict[str, Callable[[Row], None]] = {}
         self._items = planning.plan(options)
@@ -107,6 +109,7 @@ class Session:
             reason = str(error).partition("\n")[0]
             self.notes.append(f"Too large for the memory: {item.title} ({reason}).")
         except Exception as error:  # the rest of a long run must not be lost with one case
+            self.failed = True
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             self.notes.append(f"Failed while it was timed: {item.title} ({reason}).")
         gc.collect()  # graphs and models hold on to each other
