@@ -8,13 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-FACTOR = 1.2
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Return ``||value - exact|| / ||exact||`` (or ``||value||`` where ``exact`` is zero)."""
-    norm = exact.double().norm().item()
-    return (value.double() - exact.double()).norm().item() / (norm or 1.0)
+from fastlora.bench.accuracy import FACTOR, allowed_error, relative_error
 
 
 def assert_as_accurate(
@@ -32,7 +26,7 @@ def assert_as_accurate(
     assert actual.shape == native.shape == exact.shape, f"{name}: shapes differ"
     assert actual.dtype == native.dtype, f"{name}: {actual.dtype} instead of {native.dtype}"
     error, native_error = relative_error(actual, exact), relative_error(native, exact)
-    allowed = factor * native_error + torch.finfo(actual.dtype).eps
+    allowed = allowed_error(native_error, actual.dtype, factor)
     # Written so that NaN fails.
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 

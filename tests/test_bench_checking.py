@@ -79,11 +79,12 @@ def test_a_right_provider_passes(name, layer, dtype, p):
         assert gate is None
     else:
         assert 0.0 < gate <= 1.0
-    results = step()
-    assert all(result.isfinite().all() for result in results)
-    # Of every input, and of A and B of every linear.
-    adapters = 0 if name == "frozen" else 2 * (len(LAYER) if layer else 1)
-    assert len(results) == len(case_of(dtype, p, layer).inputs) + adapters
+    outputs, of_inputs, of_parameters = step()
+    assert all(result.isfinite().all() for result in (*outputs, *of_inputs, *of_parameters))
+    linears = len(LAYER) if layer else 1
+    assert len(outputs) == linears
+    assert len(of_inputs) == len(case_of(dtype, p, layer).inputs)
+    assert len(of_parameters) == (0 if name == "frozen" else 2 * linears)
 
 
 @pytest.mark.skipif(not plans.interpreting(), reason="the kernels are not interpreted")

@@ -37,6 +37,7 @@ ORDER = [
 # The same inside fastlora/bench/.
 BENCH = [
     "arguments",
+    "accuracy",
     "shapes",
     "providers",
     "checking",

@@ -2,6 +2,7 @@
 
 shapes      the models and linears that are measured
 providers   what is compared, and how another library joins
+accuracy    the rule for numbers
 checking    the gate: nothing is timed before it computes the right thing
 measuring   providers in turn, round by round; ratios with their spread
 counting    bytes, launches, FLOPs and saved memory, counted without a GPU

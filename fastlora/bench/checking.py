@@ -22,10 +22,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastlora.bench.accuracy import allowed_error, relative_error
 from fastlora.bench.providers import SCALING, Provider, Weights, build, build_layer, find
 from fastlora.bench.shapes import GROUPS
 
-FACTOR = 1.2
 _DEVIATIONS = 6.0
 _SEED = 20251122
 _RATE_STEP = 2.0**-16
@@ -37,12 +37,6 @@ Results = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 class WrongResult(RuntimeError):
     """A provider computes something else than it should; the message says what and how far off."""
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Return ``||value - exact|| / ||exact||`` (or ``||value||`` where ``exact`` is zero)."""
-    norm = exact.double().norm().item()
-    return (value.double() - exact.double()).norm().item() / (norm or 1.0)
 
 
 def check(
@@ -77,7 +71,7 @@ def check_errors(
         if value.shape != exact[name].shape:
             raise WrongResult(f"{name} is {list(value.shape)}, not {list(exact[name].shape)}")
         error = relative_error(value, exact[name])
-        allowed = FACTOR * native[name] + torch.finfo(value.dtype).eps
+        allowed = allowed_error(native[name], value.dtype)
         if not error <= allowed:  # so that NaN fails
             raise WrongResult(f"{name} is {error:.1e} from fp64, allowed are {allowed:.1e}")
         worst = max(worst, error / allowed)
@@ -88,8 +82,7 @@ def run(
     module: nn.Module, parameters: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequence[Tensor]
 ) -> Results:
     """Run a module forward and backward."""
-    outputs = module(*inputs)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    outputs = _listed(module(*inputs))
     grads = [dy.to(y.dtype) for dy, y in zip(dys, outputs, strict=True)]
     found = torch.autograd.grad(outputs, [*inputs, *parameters], grads)
     return outputs, list(found[: len(inputs)]), list(found[len(inputs) :])
@@ -218,17 +211,14 @@ class Reference:
             module.train()
         found = self._named(*results)
         worst = check_errors(found, native, self._exact)
-        self._check_gains(found, native)
+        allowed = {name: allowed_error(native[name], value.dtype) for name, value in found.items()}
+        self._check_gains(found, allowed)
         # With fewer rows chance alone would decide.
         if p and min(one.x.shape[0] for one in self._exact_linears.values()) >= _FEWEST_ROWS:
-            allowed = {
-                name: FACTOR * native[name] + torch.finfo(value.dtype).eps
-                for name, value in found.items()
-            }
             self._check_dropout(module, parameters, p, allowed)
         return worst
 
-    def _check_gains(self, found: Mapping[str, Tensor], native: Mapping[str, float]) -> None:
+    def _check_gains(self, found: Mapping[str, Tensor], allowed: Mapping[str, float]) -> None:
         """Check that errors are of rounding, which cancel, and not a factor.
 
         Of the roundings at least rank times the smallest size are independent.
@@ -239,8 +229,8 @@ class Reference:
             exact = self._exact[name]
             norm = exact.square().sum().item()
             gain = (value.double() * exact).sum().item() / (norm or 1.0)
-            allowed = FACTOR * native[name] + torch.finfo(value.dtype).eps
-            if norm and not abs(gain - 1) <= _DEVIATIONS * allowed / math.sqrt(rank * smallest):
+            limit = _DEVIATIONS * allowed[name] / math.sqrt(rank * smallest)
+            if norm and not abs(gain - 1) <= limit:
                 raise WrongResult(f"{name} is {gain:.4f} times what it should be")
 
     def _check_dropout(
@@ -255,7 +245,7 @@ class Reference:
         linears = list(self._exact_linears.items())
         caused = []  # by the mask alone
         for (name, exact), y in zip(linears, ys, strict=True):
-            noise = y.detach().double().flatten(0, -2) - exact.base - exact.term
+            noise = y.double().flatten(0, -2) - exact.base - exact.term
             _check_rate(name, exact, noise, p, allowed[f"y of {name}"])
             caused.append(noise.to(y.dtype).view_as(y))
         del ys
@@ -298,9 +288,12 @@ class Reference:
                 raise WrongResult(f"the dropout of {name} has the same mask in two calls")
 
 
+def _listed(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
 def _outputs(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    ys = module(*inputs)
-    return [ys.detach()] if isinstance(ys, Tensor) else [y.detach() for y in ys]
+    return [y.detach() for y in _listed(module(*inputs))]
 
 
 def _one_feature_a_row(x: Tensor) -> Tensor:

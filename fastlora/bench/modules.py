@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastlora
 from fastlora.bench import checking
@@ -72,24 +72,9 @@ class Case:
         if provider.name != "frozen":
             with fastlora.backend(provider.plan):
                 gate = self.reference.check(provider, module, parameters, self.p)
-        return _step(module, parameters, self.inputs, self.dys, provider.plan), gate
 
+        def step() -> object:
+            with fastlora.backend(provider.plan):
+                return checking.run(module, parameters, self.inputs, self.dys)
 
-def _step(
-    module: nn.Module,
-    parameters: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    dys: Sequence[Tensor],
-    plan: str,
-) -> Step:
-    """Return a function that runs forward and backward, held to a plan."""
-    wanted = [*inputs, *parameters]
-
-    def step() -> object:
-        with fastlora.backend(plan):
-            outputs = module(*inputs)
-            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-            grads = [dy.to(y.dtype) for dy, y in zip(dys, outputs, strict=True)]
-            return torch.autograd.grad(outputs, wanted, grads)
-
-    return step
+        return step, gate

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.bench.checking import check_errors, relative_error
+from fastlora.bench.accuracy import relative_error
+from fastlora.bench.checking import check_errors
 from fastlora.bench.measuring import Step
 from fastlora.bench.providers import SCALING, Provider, find
 from fastlora.bench.shapes import NAMES, Model
@@ -129,7 +130,8 @@ class TrainingStep:
         if provider.name == "frozen":
             return self._frozen(), None
         model = self._adapted(provider)
-        found = self._results(model, self._is_autocast(provider))
+        with fastlora.backend(provider.plan):
+            found = self._results(model, self._is_autocast(provider))
         gate = check_errors(found, self._native_errors(provider.mixed), self._exact)
         optimizer = torch.optim.AdamW(_trainable(model), lr=1e-4)
 
