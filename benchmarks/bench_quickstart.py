@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from fastlora.bench import results
+from fastlora.bench import summary
 from fastlora.bench.environment import facts
 from fastlora.bench.measuring import MIN_ROUNDS, Timing, columns
 from fastlora.bench.results import Row, write_rows
@@ -107,7 +107,7 @@ def main() -> None:
     if options.rounds < MIN_ROUNDS:
         parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {options.rounds}")
     rows = rows_of(compare(options.rounds, options.arguments))
-    print(results.headline(rows))
+    print(summary.headline(rows))
     for row in rows:
         seconds = (row.median_us or 0.0) / 1e6
         print(f"{row.provider}: {seconds:.1f} s, over fastlora {row.to_fastlora}")

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlora import plans
-from fastlora.bench import results
+from fastlora.bench import results, summary
 from fastlora.bench.measuring import MIN_ROUNDS
 from fastlora.bench.planning import Options
 from fastlora.bench.results import Row
-from fastlora.bench.session import Session
+from fastlora.bench.session import Session, by_case
 from fastlora.bench.shapes import DROPOUT, MAIN_MODELS, MODELS, NAMES, RANK, Linear, Model
 
 if TYPE_CHECKING:
@@ -128,28 +128,16 @@ def run_bench(run: Run, part: str) -> int:
     run.say(plans.describe(run.device))  # a kernel that failed makes "fused" another plan
     options = _options(run, part)
     session = Session(options, run.out)
-    said = ""
-
-    def tick(number: int, what: str) -> None:
-        nonlocal said
-        case = what.partition(": ")[0]
-        if case != said:
-            run.say(case)
-        said = case
-
-    rows = session.run(tick)
-    run.say(results.table(results.summaries(rows)))
-    run.say(results.headline(rows))
-    refused = [row for row in rows if row.refused]
-    for row in refused:
-        what = f"{row.provider}, {row.level}, {results.describe(row)}"
-        run.say(f"REFUSED {what}: {row.refused}")
-    for note in session.notes:
-        run.say(note)
+    rows = session.run(by_case(run.say))
+    run.say(summary.report(rows, session.notes))
     found = verdicts(rows)
     for verdict in found:
         run.say(str(verdict))
-    bad = refused or [one for one in found if not one.is_kept]
+    bad = (
+        session.failed
+        or any(row.refused for row in rows)
+        or [one for one in found if not one.is_kept]
+    )
     return 1 if bad and not run.smoke else 0
 
 

@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fastlora.bench import results
-from fastlora.bench.results import Row, markdown
+from fastlora.bench import results, summary
+from fastlora.bench.results import Row
 from fastlora.bench.shapes import GROUPS
+from fastlora.bench.summary import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -144,7 +145,7 @@ def numbers() -> str:
 def models(device: str, *levels: str) -> str:
     """Return the table of models, as ``fastlora bench`` prints it, of some levels' rows."""
     rows = [row for level in levels for row in rows_of(level, device)]
-    return results.table(results.summaries(rows))
+    return summary.table(summary.summaries(rows))
 
 
 def counted() -> str:
@@ -164,7 +165,7 @@ def counted() -> str:
 
 def timed(device: str, level: str) -> str:
     """Return the times of one level: every case and provider, where fastlora loses too."""
-    return results.times(rows_of(level, device))
+    return summary.times(rows_of(level, device))
 
 
 def made_with(device: str) -> str:

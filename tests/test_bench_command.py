@@ -22,9 +22,9 @@ from fastlora.bench import command, measuring, report, results, session
 from fastlora.bench.measuring import Timing
 from fastlora.bench.planning import LEVELS, Options
 from fastlora.bench.providers import PROVIDERS, Provider
-from fastlora.bench.results import HEADINGS
 from fastlora.bench.session import Session
 from fastlora.bench.shapes import MAIN_MODELS, MODELS, Linear
+from fastlora.bench.summary import HEADINGS
 
 # Microseconds of every provider, where no real time is measured; peft's default is twice as slow.
 US = {"frozen": 100.0, "peft": 214.0, "peft-bf16": 160.5, "fastlora": 107.0, "fastlora-bf16": 105.0}

@@ -12,7 +12,8 @@ import matplotlib
 import pytest
 
 from fastlora.bench.report import _looks, _roofline, write_report
-from fastlora.bench.results import Roofs, Row, describe, summaries, verdicts
+from fastlora.bench.results import Row, describe
+from fastlora.bench.summary import Roofs, summaries, verdicts
 
 COMMAND = "fastlora bench --models Qwen3-8B 'A & B'"
 ROOFS = Roofs(bytes_per_s=4e12, flops_per_s=650e12, name="a device")

@@ -8,8 +8,9 @@ from typing import get_type_hints
 
 import pytest
 
-from fastlora.bench import results
-from fastlora.bench.results import COLUMNS, HEADINGS, LEVELS, Ratio, Roofs, Row
+from fastlora.bench import results, summary
+from fastlora.bench.results import COLUMNS, LEVELS, Ratio, Row
+from fastlora.bench.summary import HEADINGS, Roofs
 
 HINTS = get_type_hints(Row)
 LAYER = Row(
@@ -211,7 +212,7 @@ def test_the_table_has_the_promised_columns_in_the_promised_order():
         *timed_layer(peft=2.5, peft_bf16=1.6, peft_compiled=1.25),
         *counted_layer(peft=(8.0, 400.0), fastlora=(2.0, 100.0)),
     ]
-    heading, line, *cells = results.table(results.summaries(rows)).splitlines()
+    heading, line, *cells = summary.table(summary.summaries(rows)).splitlines()
     assert [cell.strip() for cell in heading.strip("|").split("|")] == list(HEADINGS)
     assert set(line) == {"|", "-"}
     (only,) = cells
@@ -233,17 +234,17 @@ def test_the_best_other_is_the_fastest_and_neither_bare_nor_ours():
     rows = timed_layer(
         peft=2.0, addmm=1.1, peft_bf16=1.2, fastlora_fused=0.5, fastlora_bf16=0.6, theirs=1.3
     )
-    (line,) = results.summaries(rows)
+    (line,) = summary.summaries(rows)
     assert (line.best, line.over_best) == ("addmm", around(1.1))
     assert (line.over_peft, line.over_peft_bf16) == (around(2.0), around(1.2))
     assert line.over_frozen == around(1.07)
-    (line,) = results.summaries(timed_layer(fastlora_fused=0.5))
+    (line,) = summary.summaries(timed_layer(fastlora_fused=0.5))
     assert (line.best, line.over_best) == ("", None)
 
 
 def test_a_refused_provider_is_not_the_best_other():
     refused = replace(LAYER, provider="broken", refused="dA is wrong")
-    (line,) = results.summaries([*timed_layer(peft=2.0), refused])
+    (line,) = summary.summaries([*timed_layer(peft=2.0), refused])
     assert line.best == "peft"
 
 
@@ -253,50 +254,50 @@ def test_every_setting_has_a_line_of_its_own_and_shares_nothing():
     rows = []
     for number, setting in enumerate(settings, start=1):
         rows += timed_layer(setting, peft=float(number))
-    lines = results.summaries(rows)
+    lines = summary.summaries(rows)
     assert [line.over_peft.value for line in lines] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert [getattr(lines[i], name) for i, name in enumerate(other, start=1)] == [*other.values()]
 
 
 def test_linears_and_steps_are_not_in_the_table_of_models():
     rows = timed_layer(replace(LAYER, level="linear", case="q_proj"), peft=2.0)
-    assert results.summaries([*rows, *timed_layer(replace(LAYER, level="step", case="step"))]) == []
+    assert summary.summaries([*rows, *timed_layer(replace(LAYER, level="step", case="step"))]) == []
 
 
 def test_an_unstable_ratio_is_marked_in_the_table():
-    (line,) = results.summaries(timed_layer(peft=around(2.0, 0.2), addmm=1.1))
+    (line,) = summary.summaries(timed_layer(peft=around(2.0, 0.2), addmm=1.1))
     assert not line.is_stable
-    assert "2.00 (1.80-2.20) ~ " in results.table([line])
-    assert results.table([line]).count("~") == 1
-    (line,) = results.summaries(timed_layer(peft=around(2.0, 0.04), addmm=1.1))
+    assert "2.00 (1.80-2.20) ~ " in summary.table([line])
+    assert summary.table([line]).count("~") == 1
+    (line,) = summary.summaries(timed_layer(peft=around(2.0, 0.04), addmm=1.1))
     assert line.is_stable
-    assert "~" not in results.table([line])
+    assert "~" not in summary.table([line])
 
 
 def test_measured_memory_goes_before_counted_and_says_which_it_is():
     counted = counted_layer(peft=(4.0, 400.0), fastlora=(3.0, 300.0), addmm=(1.0, 1.0))
-    (line,) = results.summaries(counted)
+    (line,) = summary.summaries(counted)
     assert (line.memory_saved, line.memory, line.bytes_over_peft) == (0.25, "counted", 0.75)
     timed = [replace(row, peak_mib=10.0) for row in timed_layer(peft=2.0)]
     timed[1] = replace(timed[1], peak_mib=4.0)
-    (line,) = results.summaries([*counted, *timed])
+    (line,) = summary.summaries([*counted, *timed])
     assert (line.memory_saved, line.memory, line.bytes_over_peft) == (0.6, "peak", 0.75)
-    assert " 60% (peak) " in results.table([line])
+    assert " 60% (peak) " in summary.table([line])
 
 
 def test_what_was_not_measured_stays_empty():
-    line = results.table(results.summaries(counted_layer(fastlora=(3.0, 300.0)))).splitlines()[2]
+    line = summary.table(summary.summaries(counted_layer(fastlora=(3.0, 300.0)))).splitlines()[2]
     assert [cell.strip() for cell in line.strip("|").split("|")][4:] == [""] * 6
 
 
 def test_more_memory_than_peft_is_shown_as_that():
     rows = counted_layer(peft=(4.0, 400.0), fastlora=(6.0, 500.0))
-    line = results.table(results.summaries(rows)).splitlines()[2]
+    line = summary.table(summary.summaries(rows)).splitlines()[2]
     assert [cell.strip() for cell in line.strip("|").split("|")][8:] == ["-25% (counted)", "1.50"]
 
 
 def test_the_columns_of_a_table_line_up():
-    text = results.markdown(("a", "long heading"), [("wide cell", "b"), ("", "c")])
+    text = summary.markdown(("a", "long heading"), [("wide cell", "b"), ("", "c")])
     assert text.splitlines() == [
         "| a         | long heading |",
         "|-----------|--------------|",
@@ -313,7 +314,7 @@ def test_without_a_layer_every_timed_and_refused_row_is_shown():
         *counted_layer(fastlora=(3.0, 300.0)),
         Row(level="roof", case="copy", provider="torch", median_us=3.0),
     ]
-    lines = results.times(rows).splitlines()
+    lines = summary.times(rows).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[4:6] for row in cells] == [
         ["frozen", "0.10"],
@@ -348,7 +349,7 @@ def cases(*ratios: Ratio, level: str = "linear") -> list[Row]:
     ],
 )
 def test_a_verdict_is_what_all_rounds_say(ratio, verdict):
-    ((found, row, against),) = results.verdicts(cases(ratio))
+    ((found, row, against),) = summary.verdicts(cases(ratio))
     assert (found, row.provider, against) == (verdict, "peft", ratio)
 
 
@@ -359,7 +360,7 @@ def test_verdicts_are_against_the_fastest_other_of_the_same_case():
         *timed_layer(replace(LAYER, level="linear", case="q_proj")),
         *counted_layer(peft=(1.0, 1.0), fastlora=(9.0, 9.0)),
     ]
-    found = [(verdict, row.provider, row.dropout) for verdict, row, _ in results.verdicts(rows)]
+    found = [(verdict, row.provider, row.dropout) for verdict, row, _ in summary.verdicts(rows)]
     assert found == [("loses", "addmm", 0.1), ("wins", "peft", 0.0)]
 
 
@@ -368,7 +369,7 @@ def test_the_headline_counts_wins_and_gives_the_range_of_each_level():
         *cases(around(1.5), around(3.0), around(2.0), around(0.8)),
         *cases(around(1.25), level="layer"),
     ]
-    linear, layer, *_ = results.headline(rows).splitlines()
+    linear, layer, *_ = summary.headline(rows).splitlines()
     assert linear.startswith("linear: 0.80 to 3.00 times as fast as the fastest other provider; ")
     assert linear.endswith("faster in 3 of 4 cases")
     assert layer.startswith("layer: 1.25 to 1.25 times")
@@ -376,7 +377,7 @@ def test_the_headline_counts_wins_and_gives_the_range_of_each_level():
 
 
 def test_the_headline_names_every_case_that_loses_or_is_even():
-    text = results.headline(cases(around(0.8), around(2.0), around(1.0), around(0.9)))
+    text = summary.headline(cases(around(0.8), around(2.0), around(1.0), around(0.9)))
     setting = "8,192 tokens, rank 16, dropout 0.1"
     lines = text.splitlines()
     assert lines[1:] == [
@@ -388,12 +389,12 @@ def test_the_headline_names_every_case_that_loses_or_is_even():
 
 
 def test_what_is_unstable_is_in_no_line_but_the_one_that_says_so():
-    text = results.headline(cases(around(9.0, 0.06), around(0.1, 0.06), around(2.0, 0.05)))
+    text = summary.headline(cases(around(9.0, 0.06), around(0.1, 0.06), around(2.0, 0.05)))
     assert text.splitlines() == [
         "linear: 2.00 to 2.00 times as fast as the fastest other provider; faster in 1 of 1 cases",
         "2 of 3 comparisons are unstable (rounds more than 5% apart) and are not in these lines",
     ]
-    alone = results.headline(cases(around(9.0, 0.06)))
+    alone = summary.headline(cases(around(9.0, 0.06)))
     assert "times as fast" not in alone
     assert alone.startswith("1 of 1 comparisons are unstable")
 
@@ -401,7 +402,7 @@ def test_what_is_unstable_is_in_no_line_but_the_one_that_says_so():
 def test_the_headline_begins_with_what_was_counted():
     rows = counted_layer(peft=(10.0, 100.0), fastlora=(3.0, 5.0))
     other = counted_layer(peft=(10.0, 100.0), fastlora=(2.0, 4.0))
-    text = results.headline([*rows, *(replace(row, model="another") for row in other)])
+    text = summary.headline([*rows, *(replace(row, model="another") for row in other)])
     assert text.splitlines()[0] == (
         "counts: a layer moves 0.20 to 0.30 of peft's bytes and keeps 95% to 96% less for its "
         "backward pass, with the plans of an H200"
@@ -410,7 +411,7 @@ def test_the_headline_begins_with_what_was_counted():
 
 def test_the_headline_says_if_there_is_nothing_to_compare():
     for rows in ([], timed_layer(), counted_layer(peft=(1.0, 1.0), fastlora=(1.0, 1.0))):
-        text = results.headline(rows)
+        text = summary.headline(rows)
         assert text.endswith("Nothing was timed against another provider.")
 
 
@@ -428,7 +429,7 @@ def test_two_runs_agree_where_their_rounds_overlap():
     ):
         after = timed_layer(peft=other)
         assert Ratio(2.0, 1.95, 2.05).agrees_with(other) is agrees
-        differences = results.compare(before, after)[1]
+        differences = summary.compare(before, after)[1]
         seen = {(each.row.provider, each.column) for each in differences}
         assert (("peft", "over_fastlora") in seen) is not agrees
 
@@ -436,7 +437,7 @@ def test_two_runs_agree_where_their_rounds_overlap():
 def test_a_disagreement_names_the_case_and_both_ratios():
     before = timed_layer(peft=Ratio(2.0, 1.98, 2.02))
     after = timed_layer(peft=Ratio(1.5, 1.49, 1.51))
-    number, differences = results.compare(before, after)
+    number, differences = summary.compare(before, after)
     # To the bare linears for fastlora and peft, to fastlora for frozen and peft.
     assert number == 4
     assert [str(difference) for difference in differences] == [
@@ -450,8 +451,8 @@ def test_a_disagreement_names_the_case_and_both_ratios():
 def test_a_run_agrees_with_itself_and_with_its_file(tmp_path):
     rows = timed_layer(peft=2 / 3, addmm=1.1)
     results.write_rows(tmp_path / "layer.csv", rows)
-    assert results.compare(rows, rows) == (6, [])
-    assert results.compare(results.read_folder(tmp_path), rows) == (6, [])
+    assert summary.compare(rows, rows) == (6, [])
+    assert summary.compare(results.read_folder(tmp_path), rows) == (6, [])
 
 
 @pytest.mark.parametrize(
@@ -464,7 +465,7 @@ def test_a_run_agrees_with_itself_and_with_its_file(tmp_path):
 )  # fmt: skip
 def test_what_stands_in_one_run_alone_is_not_compared(change):
     before = timed_layer(peft=2.0)
-    assert results.compare(before, timed_layer(replace(LAYER, **change), peft=9.0)) == (0, [])
+    assert summary.compare(before, timed_layer(replace(LAYER, **change), peft=9.0)) == (0, [])
 
 
 # The device.
@@ -474,10 +475,10 @@ def test_roofs_are_bytes_and_flops_a_second():
     roof = Row(level="roof", provider="torch", gpu="a GPU")
     copy = replace(roof, case="copy", moved_gib=2.0, median_us=1000.0)
     product = replace(roof, case="product", tflop=0.5, median_us=2000.0)
-    assert results.roofs([product, LAYER, copy]) == Roofs("a GPU", 2.0 * 2**30 / 1e-3, 250e12)
-    assert results.roofs([copy, LAYER]) is None
+    assert summary.roofs([product, LAYER, copy]) == Roofs("a GPU", 2.0 * 2**30 / 1e-3, 250e12)
+    assert summary.roofs([copy, LAYER]) is None
     on_cpu = [replace(row, gpu="", cpu="a CPU") for row in (copy, product)]
-    assert results.roofs(on_cpu).name == "a CPU"
+    assert summary.roofs(on_cpu).name == "a CPU"
 
 
 @pytest.mark.parametrize("cells", ["one,two,three", "2026-11-26,a,,,,,,,,,layer,m,c,many,,,"])

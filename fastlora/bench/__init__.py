@@ -7,7 +7,11 @@ checking    the gate: nothing is timed before it computes the right thing
 measuring   providers in turn, round by round; ratios with their spread
 counting    bytes, launches, FLOPs and saved memory, counted without a GPU
 operations, modules, steps   what is built at each level
-results     the rows: CSV, the table of a model, two runs compared
-session     a whole run: which levels fit, in which order, until when
+environment  what a row was made with
+results     the rows, and the CSV files that they are kept in
+summary     what the rows say: the table of models, the headline, two runs compared
+planning    which cases a run has
+session     a whole run
 report      figures and a page from the rows
+arguments, command   `fastlora bench`
 """

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlora.bench import providers, results, shapes
+from fastlora.bench import providers, results, shapes, summary
+from fastlora.bench.environment import facts
 from fastlora.bench.measuring import MIN_ROUNDS
 from fastlora.bench.planning import LEVELS, Options
 from fastlora.bench.results import Row
@@ -38,8 +39,8 @@ def run(options: argparse.Namespace) -> int:
         return _show(rows, options, earlier, options.report, command, notes)
     wanted = _wanted(options)
     device = wanted.device
-    slug = device_slug(_device_name(device))
-    folder: Path = options.out or Path("runs/bench") / slug
+    name = facts(device, options.commit)["gpu"] or "cpu"
+    folder: Path = options.out or Path("runs/bench") / device_slug(name)
     session = Session(wanted, folder)
     (folder / _ABOUT).unlink(missing_ok=True)  # of an earlier run
     with progress(session.ticks) as tick:
@@ -52,12 +53,6 @@ def run(options: argparse.Namespace) -> int:
     (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     status = _show(session.rows, options, earlier, folder, command, session.notes)
     return 1 if session.failed else status
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _wanted(options: argparse.Namespace) -> Options:
@@ -109,18 +104,10 @@ def _show(
     command: str,
     notes: Sequence[str] = (),
 ) -> int:
-    """Print the table and the headline, write the report, compare."""
-    lines = results.summaries(rows)
-    print(results.table(lines) if lines else results.times(rows))
-    print()
-    print(results.headline(rows))
-    for note in notes:
-        print(note)
-    refused = [row for row in rows if row.refused]
-    for row in refused:
-        print(f"REFUSED {row.provider}, {row.level}, {results.describe(row)}: {row.refused}")
+    """Print what the rows say, compare, write the page; returns 1 if something was refused."""
+    print(summary.report(rows, notes))
     if earlier is not None:
-        number, differences = results.compare(earlier, rows)
+        number, differences = summary.compare(earlier, rows)
         print(f"\n{number} ratios stand in {options.against} too; {len(differences)} disagree")
         for difference in differences:
             print(f"  {difference}")
@@ -128,8 +115,8 @@ def _show(
     try:
         from fastlora.bench.report import write_report
 
-        written = write_report(rows, folder, command, results.roofs(rows), notes)
+        written = write_report(rows, folder, command, summary.roofs(rows), notes)
         print(f"written to {folder}: {', '.join(path.name for path in written)}, and the rows")
     except RuntimeError as error:  # matplotlib is missing: everything else is there
         print(f"the rows are in {folder}; {error}", file=sys.stderr)
-    return 1 if refused else 0
+    return 1 if any(row.refused for row in rows) else 0

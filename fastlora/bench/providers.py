@@ -29,6 +29,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.bench.results import is_ours
 from fastlora.bench.shapes import GROUPS, Linear
 from fastlora.layers import LoRALinear
 from fastlora.siblings import groups_of
@@ -45,7 +46,7 @@ class Provider:
     """One way to compute LoRA linears.
 
     Attributes:
-        name: what tables and rows call it.
+        name: what tables and rows call it; those that begin with ``fastlora`` are fastlora's own.
         about: what it is, in a line.
         convert: makes this provider's linear of peft's (``base_layer``, ``lora_A["default"]``,
             ``lora_B["default"]``, ``scaling``, ``lora_dropout``), whose parameters it must keep as
@@ -57,7 +58,6 @@ class Provider:
             the base's dtype. (With an fp32 base there is no autocast.)
         has_dropout: whether it can be used with dropout.
         plan: which plan fastlora is held to while it runs.
-        is_ours: fastlora itself, which the others are compared with.
         countable: it runs on tensors that have no data, so that it can be counted.
         levels: where it is measured if nobody names it; ``peft-compiled`` takes too long for more.
     """
@@ -69,7 +69,6 @@ class Provider:
     mixed: bool = True
     has_dropout: bool = True
     plan: str = "auto"
-    is_ours: bool = False
     countable: bool = True
     levels: tuple[str, ...] = ("layer", "step", "linear")
 
@@ -105,7 +104,8 @@ def load(path: str) -> Provider:
     """Import ``package.module:name`` and register what it names.
 
     Raises:
-        ValueError: there is no such module or name, or it is no ``Provider``.
+        ValueError: there is no such module or name, or it is no ``Provider``, or it would be taken
+            for fastlora itself.
     """
     module, _, name = path.partition(":")
     try:
@@ -116,6 +116,8 @@ def load(path: str) -> Provider:
         ) from error
     if not isinstance(provider, Provider):
         raise ValueError(f"{path!r} is a {type(provider).__name__}, not a fastlora.bench Provider")
+    if is_ours(provider.name):
+        raise ValueError(f"{path!r} is called {provider.name!r}, as fastlora's own providers are")
     register(provider)
     return provider
 
@@ -362,7 +364,6 @@ def _bare(layer: PeftLinear) -> nn.Module:
     return base
 
 
-_OURS: dict[str, Any] = {"finish": _patched, "is_ours": True}
 for _provider in (
     Provider("frozen", "the bare nn.Linear: the limit", _bare, mixed=False),
     Provider("peft", "peft's default: fp32 adapters, autocast"),
@@ -375,9 +376,13 @@ for _provider in (
         levels=("layer",),
     ),
     Provider("addmm", "cuBLAS and in-place addmm_", _Addmm, has_dropout=False),
-    Provider("fastlora", "fastlora, its plans chosen by itself", **_OURS),
-    Provider("fastlora-fused", "fastlora, held to the fused plan", plan="fused", **_OURS),
-    Provider("fastlora-hybrid", "fastlora, held to the hybrid plan", plan="hybrid", **_OURS),
-    Provider("fastlora-bf16", "fastlora, adapters in the base's dtype", mixed=False, **_OURS),
+    Provider("fastlora", "fastlora, its plans chosen by itself", finish=_patched),
+    Provider("fastlora-fused", "fastlora, held to the fused plan", plan="fused", finish=_patched),
+    Provider(
+        "fastlora-hybrid", "fastlora, held to the hybrid plan", plan="hybrid", finish=_patched
+    ),
+    Provider(
+        "fastlora-bf16", "fastlora, adapters in the base's dtype", mixed=False, finish=_patched
+    ),
 ):
     register(_provider)

@@ -14,8 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlora.bench import results
-from fastlora.bench.results import STABLE, Ratio, Roofs, Row
+from fastlora.bench import results, summary
+from fastlora.bench.results import STABLE, Ratio, Row, is_ours
+from fastlora.bench.summary import Roofs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,18 +163,14 @@ def write_report(
     return files
 
 
-def _is_ours(provider: str) -> bool:
-    return provider.startswith("fastlora")
-
-
 def _looks(providers: Iterable[str]) -> _Looks:
     """Give fastlora shades of blue, the others of grey, and fastlora the first place."""
     looks: _Looks = {}
     numbers = {True: 0, False: 0}
-    for name in sorted(dict.fromkeys(providers), key=lambda name: not _is_ours(name)):
-        palette, number = OURS if _is_ours(name) else OTHERS, numbers[_is_ours(name)]
+    for name in sorted(dict.fromkeys(providers), key=lambda name: not is_ours(name)):
+        palette, number = OURS if is_ours(name) else OTHERS, numbers[is_ours(name)]
         looks[name] = (palette[number % len(palette)], MARKERS[len(looks) % len(MARKERS)])
-        numbers[_is_ours(name)] += 1
+        numbers[is_ours(name)] += 1
     return looks
 
 
@@ -339,7 +336,7 @@ def _page(rows: Sequence[Row], command: str, notes: Sequence[str], figures: str)
     timed = [row for row in rows if row.level != "counts" and not row.refused]
     device = _distinct(row.gpu or row.cpu for row in timed) or "counted, nothing timed"
     facts = (device, _distinct(row.date for row in rows), _distinct(row.commit for row in rows))
-    gains = [_sentence(line) for line in results.headline(rows).splitlines()]
+    gains = [_sentence(line) for line in summary.headline(rows).splitlines()]
     environment = [
         f"<dt>{name}</dt><dd>{escape(values)}</dd>"
         for name in ENVIRONMENT
@@ -383,7 +380,7 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 def _models(rows: Sequence[Row]) -> str:
-    lines = results.summaries(rows)
+    lines = summary.summaries(rows)
     cells = [
         [
             _cell(line.model, "text"),
@@ -400,7 +397,7 @@ def _models(rows: Sequence[Row]) -> str:
         for line in lines
     ]
     legend = "" if all(line.is_stable for line in lines) else f"<p class=soft>{UNSTABLE}</p>"
-    return _table("models", results.HEADINGS, cells) + legend
+    return _table("models", summary.HEADINGS, cells) + legend
 
 
 def _every_row(rows: Sequence[Row]) -> str:

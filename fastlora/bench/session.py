@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -160,9 +161,8 @@ class Session:
         case = modules.Case(
             item.linears, row.tokens, row.rank, row.dropout, options.device, options.dtype
         )
-        checked = self._checked(
-            item, options.providers_for(row.level, row.dropout), case.checked_step
-        )
+        providers = options.providers_for(row.level, row.dropout)
+        checked = self._checked(item, {p.name: partial(case.checked_step, p) for p in providers})
         case.forget_reference()
         self._time(item, checked, seconds)
 
@@ -176,7 +176,8 @@ class Session:
         def checked_run(name: str) -> tuple[Step, float | None]:
             return built.runs[name], built.check(name)
 
-        self._time(item, self._checked(item, list(built.runs), checked_run), seconds)
+        checked = self._checked(item, {name: partial(checked_run, name) for name in built.runs})
+        self._time(item, checked, seconds)
 
     def _time_step(self, item: Item, seconds: float) -> None:
         row, options = item.row, self.options
@@ -188,23 +189,19 @@ class Session:
             item.model, row.tokens, row.rank, row.dropout, options.device, options.dtype,
             item.variant,
         )  # fmt: skip
-        wanted = steps.providers(options.providers_for("step", row.dropout))
-        checked = self._checked(item, wanted, built.checked_step)
+        providers = steps.providers(options.providers_for("step", row.dropout))
+        checked = self._checked(item, {p.name: partial(built.checked_step, p) for p in providers})
         self._time(item, checked, seconds, with_graphs=False)
 
     def _checked(
-        self,
-        item: Item,
-        providers: Sequence[Any],
-        build: Callable[[Any], tuple[Step, float | None]],
+        self, item: Item, builds: Mapping[str, Callable[[], tuple[Step, float | None]]]
     ) -> Checked:
         """Build and check every provider; one that is wrong, or does not run, is refused."""
         checked: Checked = {}
-        for provider in providers:
-            name = provider if isinstance(provider, str) else provider.name
+        for name, build in builds.items():
             self._tick(1, f"{item.title}: checking {name}")
             try:
-                step, gate = build(provider)
+                step, gate = build()
                 step()
             except Exception as error:  # another library's failure is a result
                 self._refuse(item.row, name, error)
@@ -265,8 +262,7 @@ class Session:
         device = self.options.device
         eager_us = row.median_us
         if row.timer == "graph":
-            taken = measure_us({"": step}, device, 5)[""]
-            eager_us = sorted(taken)[len(taken) // 2]
+            eager_us = statistics.median(measure_us({"": step}, device, 5)[""])
         return replace(
             row, eager_us=eager_us, host_us=measuring.host_us(step, device),
             peak_mib=measuring.peak_mib(step, device),
@@ -279,17 +275,26 @@ def progress(ticks: int) -> Iterator[Tick]:
     """Show how far a run is and what it does: a bar on a terminal, else a line for each case."""
     from tqdm import tqdm
 
-    said = ""
     with tqdm(total=ticks, unit="", leave=False, dynamic_ncols=True, disable=None) as bar:
 
         def tick(number: int, what: str) -> None:
-            nonlocal said
             case, _, doing = what.partition(": ")
-            if bar.disable and case != said:
-                print(case, file=sys.stderr, flush=True)
-            said = case
             bar.set_description_str(case)
             bar.set_postfix_str(doing)
             bar.update(number)
 
-        yield tick
+        yield by_case(partial(print, file=sys.stderr, flush=True)) if bar.disable else tick
+
+
+def by_case(say: Callable[[str], None]) -> Tick:
+    """Return a tick that says each case once, as it begins."""
+    said = ""
+
+    def tick(number: int, what: str) -> None:
+        nonlocal said
+        case = what.partition(": ")[0]
+        if case != said:
+            say(case)
+        said = case
+
+    return tick

@@ -22,6 +22,7 @@ from fastlora.bench.accuracy import relative_error
 from fastlora.bench.checking import check_errors
 from fastlora.bench.measuring import Step
 from fastlora.bench.providers import SCALING, Provider, find
+from fastlora.bench.results import is_ours
 from fastlora.bench.shapes import NAMES, Model
 
 # Others convert linears, not models.
@@ -178,7 +179,7 @@ class TrainingStep:
         dtype = torch.float32 if provider.mixed else self._dtype
         for parameter in _trainable(model):
             parameter.data = parameter.data.to(self._dtype).to(dtype)
-        if provider.is_ours:
+        if is_ours(provider.name):
             fastlora.patch(model, strict=True)
         self._prepare(model)
         return model
