@@ -11,19 +11,17 @@ bench`` interleaves.
 from __future__ import annotations
 
 import pytest
-from cases import DROPOUTS, LINEARS, time_module
+from cases import LINEARS, time_module, with_dropouts
 
-PROVIDERS = ("frozen", "peft", "peft-bf16", "addmm", "fastlora")
+PROVIDERS = with_dropouts(("frozen", "peft", "peft-bf16", "addmm", "fastlora"))
 
 
-@DROPOUTS
-@pytest.mark.parametrize("provider", PROVIDERS)
+@PROVIDERS
 @pytest.mark.parametrize("linear", ["q_proj", "gate_proj"])
 def test_lora_linear(benchmark, linear, provider, p):
     time_module(benchmark, linear, {linear: LINEARS[linear]}, provider, p)
 
 
-@DROPOUTS
-@pytest.mark.parametrize("provider", PROVIDERS)
+@PROVIDERS
 def test_layer(benchmark, provider, p):
     time_module(benchmark, "layer", LINEARS, provider, p)

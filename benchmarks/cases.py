@@ -5,7 +5,7 @@ Without a GPU: Qwen2.5-0.5B on the CPU, fp32, one thread. With a GPU: Qwen3-8B i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +25,17 @@ TOKENS = 8192 if ON_GPU else 256
 DROPOUTS = pytest.mark.parametrize("p", [0.0, DROPOUT], ids=["p0", f"p{DROPOUT}"])
 
 
+def with_dropouts(names: Sequence[str]) -> Any:
+    """Return a mark for every provider with every dropout that it has."""
+    chosen = [
+        pytest.param(name, p, id=f"{name}-p{p:g}")
+        for p in (0.0, DROPOUT)
+        for name in names
+        if providers.find(name).has_dropout or not p
+    ]
+    return pytest.mark.parametrize(("provider", "p"), chosen)
+
+
 def providers_of(operation: str) -> list[str]:
     """Return who computes an operator."""
     tiny = operations.build(operation, Linear(16, 16), 16, 16, 0.0, DEVICE, DTYPE)
@@ -42,11 +53,8 @@ def time_module(
     benchmark: Any, case: str, linears: Mapping[str, Linear], provider: str, p: float
 ) -> None:
     """Check a linear or the linears of a layer, then time forward and backward."""
-    chosen = providers.find(provider)
-    if p and not chosen.has_dropout:
-        pytest.skip(f"{provider} has no dropout")
     built = modules.Case(linears, TOKENS, RANK, p, DEVICE, DTYPE)
-    _time(benchmark, case, p, built.checked_step(chosen)[0])
+    _time(benchmark, case, p, built.checked_step(providers.find(provider))[0])
 
 
 def _time(benchmark: Any, case: str, p: float, step: Callable[[], object]) -> None:

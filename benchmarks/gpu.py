@@ -287,7 +287,7 @@ def import_results(folder: Path) -> int:
 
     tables = [csv.DictReader(path.read_text().splitlines()) for path in folder.glob("*.csv")]
     names = {row.get("gpu") or row.get("device") for rows in tables for row in rows} - {None, ""}
-    table = folder / "tuned.json"
+    table, about = folder / "tuned.json", folder / "run.json"
     if table.exists():
         import json
 
@@ -303,7 +303,7 @@ def import_results(folder: Path) -> int:
     slug = device_slug(names.pop())
     results = ROOT / "benchmarks" / "results" / slug
     results.mkdir(parents=True, exist_ok=True)
-    for path in sorted([*folder.glob("*.csv"), *folder.glob("*.log")]):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".csv", ".log") or p == about):
         print(f"{path.name} -> {shutil.copy(path, results / path.name)}")
     if table.exists():
         TUNED.mkdir(exist_ok=True)

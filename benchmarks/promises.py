@@ -15,6 +15,7 @@ import torch
 
 from fastlora import plans
 from fastlora.bench import results, summary
+from fastlora.bench.command import write_about
 from fastlora.bench.measuring import MIN_ROUNDS
 from fastlora.bench.planning import Options
 from fastlora.bench.results import Row
@@ -129,6 +130,7 @@ def run_bench(run: Run, part: str) -> int:
     options = _options(run, part)
     session = Session(options, run.out)
     rows = session.run(by_case(run.say))
+    write_about(run.out, f"make gpu PART={part} OUT=folder", session.notes)
     run.say(summary.report(rows, session.notes))
     found = verdicts(rows)
     for verdict in found:

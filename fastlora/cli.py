@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import fastlora
 from fastlora.bench.arguments import add_arguments as add_bench_arguments
+from fastlora.bench.arguments import add_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,14 +80,29 @@ def _bench(options: argparse.Namespace) -> int:
     return run(options)
 
 
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_model(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--model", help="a model's name on the hub or folder; only its config is read"
     )
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 2048], metavar="M")
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=[8192, 2048],
+        metavar="M",
+        help="tokens of a batch (default: 8192 2048)",
+    )
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
     parser.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="of the base weights")
     parser.add_argument("--dropout", type=float, default=0.1, help="lora_dropout (default: 0.1)")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_sizes(parser)
     parser.set_defaults(run=_doctor)
 
 
@@ -105,29 +121,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to tune for (at least one)")
-    what.add_argument(
-        "--model", help="a model's name on the hub or folder; only its config is read"
-    )
-    what.add_argument(
-        "--shape",
-        nargs=2,
-        type=int,
-        metavar=("N", "K"),
-        action="append",
-        default=[],
-        help="out and in features of a linear; may be repeated",
-    )
-    parser.add_argument(
-        "--tokens",
-        nargs="+",
-        type=int,
-        default=[8192, 2048],
-        metavar="M",
-        help="tokens of a batch (default: 8192 2048)",
-    )
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
-    parser.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="of the base weights")
-    parser.add_argument("--dropout", type=float, default=0.1, help="lora_dropout (default: 0.1)")
+    _add_model(what)
+    add_shape(what)
+    _add_sizes(parser)
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument(
         "--rounds", type=int, default=10, help="timings of each candidate (default: 10)"

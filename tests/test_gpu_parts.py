@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastlora.bench import results
+from fastlora.bench.command import write_about
 from fastlora.bench.results import Row
 from fastlora.bench.shapes import MAIN_MODELS
 
@@ -45,6 +46,8 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
         rows = results.read_folder(tmp_path)
         assert not [row for row in rows if row.refused]
         assert all(row.commit == "abc1234" for row in rows)
+        command = json.loads((tmp_path / "run.json").read_text())["command"]
+        assert command == f"make gpu PART={part} OUT=folder"
         seen = {(row.level, row.provider) for row in rows}
         assert {("layer", name) for name in ("frozen", "peft", "fastlora")} <= seen
         if part == "bench":
@@ -60,13 +63,16 @@ def test_results_are_filed_under_their_device(tmp_path, monkeypatch):
     results.writer(tmp_path / "in" / "layer.csv")(Row(gpu="NVIDIA H200", level="layer"))
     (tmp_path / "in" / "dram.csv").write_text("device,case\nNVIDIA H200,q_proj\n")
     (tmp_path / "in" / "bench.log").write_text("log\n")
+    write_about(tmp_path / "in", "make gpu PART=bench OUT=folder", [])
     table = {"device": "NVIDIA H200", "entries": []}
     (tmp_path / "in" / "tuned.json").write_text(json.dumps(table))
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(tile_config, "TUNED", tmp_path / "tuned")
     assert gpu.import_results(tmp_path / "in") == 0
     filed = tmp_path / "benchmarks" / "results" / "nvidia-h200"
-    assert sorted(path.name for path in filed.iterdir()) == ["bench.log", "dram.csv", "layer.csv"]
+    assert sorted(path.name for path in filed.iterdir()) == [
+        *("bench.log", "dram.csv", "layer.csv", "run.json"),
+    ]
     assert json.loads((tmp_path / "tuned" / "nvidia-h200.json").read_text()) == table
 
 

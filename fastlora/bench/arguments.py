@@ -10,7 +10,25 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``fastlora bench``."""
-    what = parser.add_argument_group("what to measure")
+    _add_what(parser.add_argument_group("what to measure"))
+    _add_how(parser.add_argument_group("how"))
+    _add_results(parser.add_argument_group("results"))
+
+
+def add_shape(group: argparse._ActionsContainer) -> None:
+    """Add ``--shape N K``, which ``fastlora tune`` has too."""
+    group.add_argument(
+        "--shape",
+        nargs=2,
+        type=int,
+        metavar=("N", "K"),
+        action="append",
+        default=[],
+        help="out and in features of a linear; may be repeated",
+    )
+
+
+def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--model",
         action="append",
@@ -22,15 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "counted, and those that suit the device are timed"
         ),
     )
-    what.add_argument(
-        "--shape",
-        nargs=2,
-        type=int,
-        metavar=("N", "K"),
-        action="append",
-        default=[],
-        help="out and in features of a single linear to time; may be repeated",
-    )
+    add_shape(what)
     what.add_argument(
         "--tokens", nargs="+", type=int, default=[8192], metavar="M", help="default: 8192"
     )
@@ -59,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "frozen and fastlora are always there"
         ),
     )
-    how = parser.add_argument_group("how")
+
+
+def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     how.add_argument(
         "--dtype", choices=_DTYPES, help="of the frozen weights (default: bfloat16, float32 on cpu)"
@@ -73,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="counts and layers, the first number of tokens, in under a minute (7B on a CPU: 1.5)",
     )
-    output = parser.add_argument_group("results")
+
+
+def _add_results(output: argparse._ArgumentGroup) -> None:
     output.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/bench/<device>")
     output.add_argument(
         "--report", type=Path, metavar="FOLDER", help="measure nothing: show what lies there"

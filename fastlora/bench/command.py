@@ -48,11 +48,16 @@ def run(options: argparse.Namespace) -> int:
             session.run(tick)
         except KeyboardInterrupt:
             session.notes.append("Interrupted: what is missing was not measured.")
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"command": command, "notes": session.notes}
-    (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_about(folder, command, session.notes)
     status = _show(session.rows, options, earlier, folder, command, session.notes)
     return 1 if session.failed else status
+
+
+def write_about(folder: Path, command: str, notes: Sequence[str]) -> None:
+    """Write down beside the rows what measured them and what was left out, for a later report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"command": command, "notes": list(notes)}
+    (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def _wanted(options: argparse.Namespace) -> Options:
