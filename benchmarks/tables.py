@@ -50,7 +50,7 @@ def _over_peft(rows: Sequence[Row], provider: str, column: str) -> list[float]:
 
 
 def _counts() -> list[str]:
-    rows = where(rows_of("counts"), dropout=0.1)
+    rows = where(rows_of("counts"), dropout=0.1, counted_as="H200")
     moved = [span(_over_peft(rows, f"fastlora-{p}", "moved_gib")) for p in ("fused", "hybrid")]
     launches = [
         span((row.launches for row in where(rows, provider=name)), "{:.0f}")
@@ -150,7 +150,7 @@ def models(device: str, *levels: str) -> str:
 
 def counted() -> str:
     """Return what every provider launches, moves and saves for each model."""
-    rows = where(rows_of("counts"), dropout=0.1)
+    rows = where(rows_of("counts"), dropout=0.1, counted_as="H200")
     return markdown(
         ("model", "provider", "launches", "moved, GiB", "saved, MiB", "TFLOP"),
         [

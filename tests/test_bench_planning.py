@@ -93,13 +93,17 @@ def test_named_providers_are_timed_anywhere_beside_the_bare_linears_and_fastlora
     for level in ("layer", "linear"):
         assert names(options, level, 0.0) == ["frozen", "addmm", "peft-compiled", "fastlora"]
         assert names(options, level, 0.1) == ["frozen", "peft-compiled", "fastlora"]
-    assert [one.name for one in options.countable(0.0)] == ["frozen", "addmm", "fastlora"]
+    for device in ("H200", "cpu"):
+        names_of = [one.name for one in options.countable(0.0, device)]
+        assert names_of == ["frozen", "addmm", "fastlora"]
 
 
 def test_every_plan_is_counted_on_any_machine():
-    counted = [one.name for one in options_for(device=CPU).countable(0.0)]
+    options = options_for(device=CPU)
+    counted = [one.name for one in options.countable(0.0, "H200")]
     assert counted == [name for name in PROVIDERS if name != "peft-compiled"]
-    assert "addmm" not in [one.name for one in options_for(device=CPU).countable(0.1)]
+    assert "addmm" not in [one.name for one in options.countable(0.1, "H200")]
+    assert [one.name for one in options.countable(0.0, "cpu")] == names(options, "layer", 0.0)
 
 
 # Of three sizes: 15, 233 and 866 million weights in a layer.
@@ -109,13 +113,19 @@ SIZED = [MODELS[name] for name in ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-72B")]
 def test_a_cpu_times_fewer_tokens_and_counts_all_of_them(no_device):
     options = Options(models=SIZED, tokens=(8192, 2048, 64), device=CPU)
     items = planning.plan(options)
-    counted = {(i.row.model, i.row.tokens) for i in items if i.row.level == "counts"}
+    counts = [item.row for item in items if item.row.level == "counts"]
+    counted = {(row.model, row.tokens) for row in counts if row.counted_as == "H200"}
     assert counted == {(model.name, m) for model in SIZED for m in options.tokens}
     for level in ("layer", "linear", "operation"):
         timed = {(i.row.model, i.row.tokens) for i in items if i.row.level == level}
         assert timed == {("Qwen2.5-0.5B", 256), ("Qwen2.5-0.5B", 64), ("Qwen2.5-7B", 64)}
     assert {item.row.dtype for item in items if item.row.level != "counts"} == {"float32"}
-    assert {item.row.dtype for item in items if item.row.level == "counts"} == {"bfloat16"}
+    assert {row.dtype for row in counts if row.counted_as == "H200"} == {"bfloat16"}
+    # What is timed is counted as it is timed.
+    layers = [item.row for item in items if item.row.level == "layer"]
+    as_timed = [row for row in counts if row.counted_as == "cpu"]
+    assert [row.setting for row in as_timed] == [row.setting for row in layers]
+    assert [row.counted_as for row in counts] == ["H200"] * 18 + ["cpu"] * 6
     assert planning.left_out(options) == [
         "Qwen2.5-0.5B is timed with 256 of 8,192 tokens on a CPU.",
         "Qwen2.5-0.5B is timed with 256 of 2,048 tokens on a CPU.",
@@ -138,9 +148,8 @@ def test_a_gpu_times_all_models_with_all_tokens(no_device):
 def test_every_rank_and_dropout_is_a_case_of_its_own(no_device):
     options = options_for(ranks=(4, 8), dropouts=(0.0, 0.05, 0.1), levels=["layer", "counts"])
     for level in ("layer", "counts"):
-        found = [
-            (i.row.rank, i.row.dropout) for i in planning.plan(options) if i.row.level == level
-        ]
+        rows = [item.row for item in planning.plan(options) if item.row.level == level]
+        found = [(row.rank, row.dropout) for row in rows if row.counted_as != "cpu"]
         assert found == [(r, p) for r in (4, 8) for p in (0.0, 0.05, 0.1)]
 
 

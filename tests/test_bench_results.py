@@ -68,7 +68,7 @@ def timed_layer(row: Row = LAYER, **over_fastlora: float | Ratio) -> list[Row]:
 def counted_layer(row: Row = LAYER, **gib_and_mib: tuple[float, float]) -> list[Row]:
     row = replace(row, level="counts")
     return [
-        replace(row, provider=name, moved_gib=gib, saved_mib=mib)
+        replace(row, provider=name, moved_gib=gib, saved_mib=mib, counted_as="H200")
         for name, (gib, mib) in gib_and_mib.items()
     ]
 
@@ -402,7 +402,8 @@ def test_what_is_unstable_is_in_no_line_but_the_one_that_says_so():
 def test_the_headline_begins_with_what_was_counted():
     rows = counted_layer(peft=(10.0, 100.0), fastlora=(3.0, 5.0))
     other = counted_layer(peft=(10.0, 100.0), fastlora=(2.0, 4.0))
-    text = summary.headline([*rows, *(replace(row, model="another") for row in other)])
+    here = [replace(row, model="here", moved_gib=9.0, counted_as="cpu") for row in rows]
+    text = summary.headline([*rows, *(replace(row, model="another") for row in other), *here])
     assert text.splitlines()[0] == (
         "counts: a layer moves 0.20 to 0.30 of peft's bytes and keeps 95% to 96% less for its "
         "backward pass, with the plans of an H200"

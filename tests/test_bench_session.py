@@ -109,9 +109,17 @@ def test_every_row_was_checked_timed_in_turn_and_compared(whole):
 
 def test_counted_rows_are_what_the_counter_counts(whole):
     counted = [row for row in whole[0].rows if row.level == "counts"]
-    assert [row.provider for row in counted] == [one.name for one in options_for().countable(0.1)]
+    assert [(row.counted_as, row.provider) for row in counted] == [
+        (device, one.name)
+        for device in ("H200", "cpu")
+        for one in options_for().countable(0.1, device)
+    ]
     for row in counted:
-        forward, backward = counting.record_layer(row.provider, TINY.linears, 16, 4, 0.1).counts
+        as_h200 = row.counted_as == "H200"
+        dtype = torch.bfloat16 if as_h200 else torch.float32
+        forward, backward = counting.record_layer(
+            row.provider, TINY.linears, 16, 4, 0.1, dtype, as_h200=as_h200
+        ).counts
         both = forward + backward
         assert (row.launches, row.moved_gib) == (both.launches, both.bytes / 2**30)
         assert (row.saved_mib, row.tflop) == (forward.saved / 2**20, both.flops / 1e12)
@@ -167,7 +175,7 @@ def test_what_is_not_begun_in_time_is_left_out_and_named(short, tmp_path, monkey
     monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def tick(number: int, what: str) -> None:
-        clock.now += 10.0 * what.startswith("counts")
+        clock.now += 4.5 * what.startswith("counts")
         ticks.append(number)
 
     ticks = []

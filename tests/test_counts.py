@@ -311,6 +311,32 @@ def test_the_automatic_plan_is_counted_as_an_h200_would_follow_it(no_tuned_tiles
     assert found == hybrid
 
 
+def test_a_cpu_is_counted_by_what_it_runs():
+    """Dropout of peft is three operations and a mask in the dtype of x; ours draws integers."""
+    linears = MODELS["Qwen2.5-0.5B"].linears
+
+    def here(provider, p):
+        return counting.record_layer(
+            provider, linears, 64, p=p, dtype=torch.float32, as_h200=False
+        ).counts[0]
+
+    bare, peft = here("frozen", 0.0), here("peft", DROPOUT)
+    assert (bare.launches, bare.names) == (7, {"addmm": 3, "mm": 4})
+    assert {peft.names[name] for name in ("bernoulli_", "div_", "mul")} <= {7, 14}
+    assert "native_dropout" not in peft.names
+    ours = here("fastlora", DROPOUT)
+    assert not any(name.endswith("_kernel") for name in ours.names)
+    assert ours.launches > peft.launches
+    assert ours.saved < peft.saved / 10
+    # Bare linears are the same on both, but for the name of the device.
+    assert bare.bytes == layer_in_fp32("frozen").bytes
+
+
+def layer_in_fp32(provider):
+    linears = MODELS["Qwen2.5-0.5B"].linears
+    return counting.record_layer(provider, linears, 64, p=0.0, dtype=torch.float32).counts[0]
+
+
 @pytest.mark.parametrize("provider", ["peft-compiled", "nobody"])
 def test_what_cannot_be_counted_is_refused(provider):
     message = "cannot be counted" if provider == "peft-compiled" else "there is no provider"

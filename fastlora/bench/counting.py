@@ -15,7 +15,8 @@ and products that they really do.
 A decoder layer is its seven linears as a model calls them: q, k and v on one tensor, gate and up on
 another. What autograd adds up where a tensor was used more than once is counted for everyone.
 
-Launchers choose tiles, and with them the size of the scratch, as on an H200.
+Launchers choose plans and tiles, and with them the size of the scratch, as on an H200; or what is
+counted is what a CPU runs, where that is what is timed.
 """
 
 from __future__ import annotations
@@ -299,26 +300,30 @@ def h200() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Recorder]:
+def recording(as_h200: bool = True) -> Iterator[Recorder]:
     """Record what is launched inside the block; the tensors made there have no data.
 
     They say that they are on the CPU, because autocast and autograd ask for a device that exists.
-    Three things are made to go the way of a GPU: plans are those of one, kernels take these
-    tensors, and dropout is the one operation that it is in CUDA.
+
+    Args:
+        as_h200: let three things go the way of that GPU: plans and tiles are its own, kernels take
+            these tensors, and dropout is the one operation that it is in CUDA. Otherwise what is
+            recorded is what a CPU runs.
     """
     recorder = Recorder()
+    replace = mock.patch.object
     with contextlib.ExitStack() as stack:
-        stack.enter_context(h200())
-        replace = functools.partial(mock.patch.object)
+        if as_h200:
+            stack.enter_context(h200())
+            stack.enter_context(replace(plans, "interpreting", lambda: True))
+            stack.enter_context(replace(plans, "plan_for", _plan_on_cuda))
+            stack.enter_context(replace(nn.functional, "dropout", _cuda_dropout))
         for module in _KERNEL_MODULES:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 stand_in = recorder.kernel(name, getattr(module, name))
                 stack.enter_context(replace(module, name, stand_in))
-        stack.enter_context(replace(plans, "interpreting", lambda: True))
-        stack.enter_context(replace(plans, "plan_for", _plan_on_cuda))
         stack.enter_context(replace(FakeTensor, "data_ptr", lambda tensor: 0))
         stack.enter_context(replace(rules, "_PLAIN_TENSORS", rules._PLAIN_TENSORS | {FakeTensor}))
-        stack.enter_context(replace(nn.functional, "dropout", _cuda_dropout))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(recorder)
         yield recorder
@@ -378,7 +383,12 @@ class Passes:
 
 
 def record(
-    module: nn.Module, features: Iterable[int], plan: str, m: int, dtype: torch.dtype
+    module: nn.Module,
+    features: Iterable[int],
+    plan: str,
+    m: int,
+    dtype: torch.dtype,
+    as_h200: bool = True,
 ) -> Passes:
     """Record the forward and the backward pass of a module on the meta device.
 
@@ -388,6 +398,7 @@ def record(
         plan: as in ``count``.
         m: rows of every input.
         dtype: of the inputs and of the gradients of the outputs.
+        as_h200: see ``recording``.
     """
     kept: dict[int, Tensor] = {}
 
@@ -395,7 +406,7 @@ def record(
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    with recording() as recorder, fastlora.backend(plan):
+    with recording(as_h200) as recorder, fastlora.backend(plan):
         parameters = without_data(module)
         inputs = [torch.empty(m, k, dtype=dtype, requires_grad=True) for k in features]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -470,10 +481,11 @@ def record_layer(
     dtype: torch.dtype = torch.bfloat16,
     *,
     plan: str | None = None,
+    as_h200: bool = True,
 ) -> Passes:
-    """Record the linears of one decoder layer (see ``count`` for the arguments)."""
+    """Record the linears of one decoder layer (see ``count`` and ``recording``)."""
     named = tuple(linears.items())
-    return _record_layer(_countable(provider), plan, named, m, r, p, dtype)
+    return _record_layer(_countable(provider), plan, named, m, r, p, dtype, as_h200)
 
 
 @functools.cache
@@ -485,12 +497,13 @@ def _record_layer(
     r: int,
     p: float,
     dtype: torch.dtype,
+    as_h200: bool,
 ) -> Passes:
     linears = dict(named)
     weights = providers.draw_weights(linears, r, META, dtype)
     layer, _ = providers.build_layer(provider, weights, p)
     features = [linears[name].k for name in INPUTS]
-    return record(layer, features, plan or provider.plan, m, dtype)
+    return record(layer, features, plan or provider.plan, m, dtype, as_h200)
 
 
 def _countable(name: str) -> Provider:

@@ -5,7 +5,7 @@ So two runs with the same options have the same cases, however fast the machine 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,7 +49,8 @@ class Options:
         providers: names, beside ``frozen`` and ``fastlora``; by default all that make sense on the
             device.
         device: where it is timed.
-        dtype: of the frozen weights, while timed. Counted is bf16.
+        dtype: of the frozen weights, while timed. What is counted as on an H200 is bf16; on a CPU
+            what is timed is counted as well.
         rounds: at least five (see ``measuring.in_rounds``).
         seconds: what the run may take; what is not begun by then is left out.
         commit: what is measured, if it is not git's HEAD.
@@ -108,9 +109,12 @@ class Options:
     def _named(self) -> list[Provider]:
         return [find(n) for n in dict.fromkeys(["frozen", *(self.providers or ()), "fastlora"])]
 
-    def countable(self, p: float) -> list[Provider]:
-        """Return those that can be counted at a dropout: with every plan, on any machine."""
-        found = list(PROVIDERS.values()) if self.providers is None else self._named()
+    def countable(self, p: float, counted_as: str) -> list[Provider]:
+        """Return those that can be counted at a dropout: as on an H200 with every plan."""
+        if counted_as == "cpu":
+            found = self.providers_for("layer", p)
+        else:
+            found = list(PROVIDERS.values()) if self.providers is None else self._named()
         return [one for one in found if one.countable and (one.has_dropout or not p)]
 
 
@@ -216,11 +220,18 @@ def _module_ticks(options: Options, row: Row) -> int:
 
 
 def _counts(options: Options, row: Row) -> Iterator[Item]:
+    row = replace(row, case="layer")
+    timed: Iterable[tuple[Model, Row]] = () if options.on_gpu else _timed(options, row)
+    here = {setting.setting: (model, setting) for model, setting in timed}
     for model in options.models if options.counted is None else options.counted:
         for m in options.tokens:
-            named = replace(row, model=model.name, case="layer", tokens=m, dtype="bfloat16")
+            named = replace(row, model=model.name, tokens=m, dtype="bfloat16", counted_as="H200")
             for setting in _with(options, named):
-                yield Item(setting, 1, model.linears)
+                if setting.setting not in here:
+                    yield Item(setting, 1, model.linears)
+    if set(options.levels) - {"counts"}:  # what the times on a CPU are of
+        for model, setting in here.values():
+            yield Item(replace(setting, counted_as="cpu"), 1, model.linears)
 
 
 def _layers(options: Options, row: Row) -> Iterator[Item]:

@@ -85,6 +85,8 @@ class Row:
         over_fastlora: time over that of the provider ``fastlora``: its speed-up.
         over_fastlora_low: in the round where it was smallest.
         over_fastlora_high: where it was largest.
+        counted_as: of counts, on which device: "H200", with its plans and tiles, or "cpu", as it
+            is timed there.
         launches: counted: operations and kernels that run on the device.
         moved_gib: counted: every operand of every launch once.
         saved_mib: counted: what autograd keeps for the backward pass.
@@ -129,6 +131,7 @@ class Row:
     over_fastlora: float | None = None
     over_fastlora_low: float | None = None
     over_fastlora_high: float | None = None
+    counted_as: str = ""
     launches: int | None = None
     moved_gib: float | None = None
     saved_mib: float | None = None

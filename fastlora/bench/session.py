@@ -134,12 +134,14 @@ class Session:
         self._tick(item.ticks, item.title)
 
     def _count(self, item: Item, seconds: float) -> None:
-        row = item.row
-        for provider in self.options.countable(row.dropout):
+        row, as_h200 = item.row, item.row.counted_as == "H200"
+        dtype = torch.bfloat16 if as_h200 else self.options.dtype
+        for provider in self.options.countable(row.dropout, row.counted_as):
             try:
                 forward, backward = counting.record_layer(
-                    provider.name, item.linears, row.tokens, row.rank, row.dropout
-                ).counts
+                    provider.name, item.linears, row.tokens, row.rank, row.dropout, dtype,
+                    as_h200=as_h200,
+                ).counts  # fmt: skip
             except Exception as error:  # it may not run on tensors that have no data
                 self._refuse(row, provider.name, error)
                 continue

@@ -254,8 +254,9 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def _counted_lines(rows: Sequence[Row]) -> list[str]:
-    """Say what was counted of layers; the plans are those that an H200 would follow."""
-    lines = [line for line in summaries(rows) if line.bytes_over_peft is not None]
+    """Say what was counted of layers as on an H200."""
+    counted = [row for row in rows if row.counted_as == "H200"]
+    lines = [line for line in summaries(counted) if line.bytes_over_peft is not None]
     if not lines:
         return []
     moved = sorted(line.bytes_over_peft or 0.0 for line in lines)
