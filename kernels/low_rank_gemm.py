@@ -479,36 +479,18 @@ def _prepare(
     And of outputs that differ from the given ones in their scales.
     """
     assert len(terms) <= MAX_SIBLINGS, f"{len(terms)} siblings, at most {MAX_SIBLINGS}"
-    rank = terms[0].q.shape[1 if forward else 0]
-    assert all(term.q.shape[1 if forward else 0] == rank for term in terms), (
-        "siblings of different ranks"
-    )
+    rank, *others = (term.q.shape[1 if forward else 0] for term in terms)
+    assert all(other == rank for other in others), "siblings of different ranks"
     layouts = [as_rows(left) for left in lefts]
     frozen = _frozen_products(layouts, rights, forward)
     ns = tuple([output.columns for output in outputs])
     dtype = lefts[0].dtype if lefts else rank_dtype
-    grid, described, tiles, constants = _settings(
-        config,
-        device,
-        dtype,
-        m,
-        ns,
-        sum(depth for _, depth, *_ in layouts),
-        rank,
-        len(terms),
-        forward,
-        mask,
-        aligned,
-        rank_dtype == torch.float32,
+    grid, described, (out_tile, left_tile, right_tile), constants = _settings(
+        config, device, dtype, m, ns, sum(depth for _, depth, *_ in layouts), rank, len(terms),
+        forward, mask, aligned, rank_dtype == torch.float32,
         dot_precision(torch.float32 if rank_dtype == torch.float32 else dtype),
-    )
-    out_tile, left_tile, right_tile = tiles
-    sources: list[Any] = list(rights)
-    if described:
-        sources = []
-        for right in rights:
-            rows, columns, *strides = as_rows(right)
-            sources.append(describe(right, form_of(rows, columns, strides, right_tile)))
+    )  # fmt: skip
+    sources = _described(rights, right_tile) if described else rights
     left_forms = [form_of(rows, columns, strides, left_tile) for rows, columns, *strides in layouts]
     out_forms = [form_of(m, n, (n, 1), out_tile) for n in ns]
     # What stands between the left operands and the outputs, and what comes after them.
@@ -541,6 +523,13 @@ def _frozen_products(
         stride_rn, stride_rk = right.stride() if forward else reversed(right.stride())
         frozen += (_Frozen(stride_lm, stride_lk, stride_rn, stride_rk, depth),)
     return frozen
+
+
+def _described(rights: Sequence[Tensor], tile: list[int]) -> list[Any]:
+    forms = [
+        form_of(rows, columns, strides, tile) for rows, columns, *strides in map(as_rows, rights)
+    ]
+    return list(map(describe, rights, forms))
 
 
 def _nothing(*operands: Any) -> None:
