@@ -45,7 +45,7 @@ gpu-import: .venv/test/.done  ## file what `make gpu` wrote: make gpu-import DIR
 	.venv/test/bin/python benchmarks/gpu.py --import $(DIR)
 
 bench: .venv/bench/.done  ## what fastlora gains over peft here: counts, timings and a report (under 3 minutes without a GPU)
-	.venv/bench/bin/fastlora bench --minutes 2.4 --rounds 5 $(if $(OUT),--out $(OUT))
+	.venv/bench/bin/fastlora bench --minutes 2.4 $(if $(OUT),--out $(OUT))
 
 bench-tables: .venv/bench/.done  ## put what lies in benchmarks/results/ into the READMEs
 	.venv/bench/bin/python benchmarks/tables.py
