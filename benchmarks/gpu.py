@@ -66,7 +66,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
-        import triton
+
+        from fastlora.bench.environment import facts
 
         self.out: Path = options.out
         self.smoke: bool = options.smoke
@@ -74,14 +75,10 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.log_file: TextIO = (self.out / f"{options.part}.log").open("w", buffering=1)
         self.device = torch.device("cpu" if options.smoke else "cuda:0")
-        name = "smoke" if options.smoke else torch.cuda.get_device_name(0)
-        self.facts = {
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": options.commit or _commit(),
-            "device": name,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        }
+        found = dict(facts(self.device, options.commit))
+        found["device"] = "smoke" if options.smoke else found["gpu"]
+        named = ("date", "commit", "device", "torch", "triton")
+        self.facts = {name: found[name] for name in named}
         self.say(" ".join(f"{key}={value}" for key, value in self.facts.items()))
 
     def say(self, line: str) -> None:
@@ -112,14 +109,6 @@ class Run:
             file.flush()
 
         return write
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def run_tests(run: Run) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import subprocess
 from types import SimpleNamespace
 
 import torch
@@ -48,3 +49,26 @@ def test_an_installation_does_not_take_its_surroundings_commit_for_its_own(monke
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "fastlora" / "bench" / "e.py"))
     monkeypatch.setattr(environment.subprocess, "run", None)
     assert environment._commit() == environment.version("fastlora-kernels")
+
+
+def test_a_changed_checkout_is_dirty_and_one_with_new_results_is_not(monkeypatch, tmp_path):
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    code = tmp_path / "fastlora" / "bench" / "environment.py"
+    results = tmp_path / "benchmarks" / "results" / "layer.csv"
+    for path in (code, results, tmp_path / "kernels" / "shrink.py"):
+        path.parent.mkdir(parents=True)
+        path.write_text("before\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all of it")
+    head = git("rev-parse", "--short", "HEAD")
+    monkeypatch.setattr(environment, "__file__", str(code))
+    assert environment._commit() == head
+    results.write_text("after\n")
+    assert environment._commit() == head
+    code.write_text("after\n")
+    assert environment._commit() == f"{head}-dirty"

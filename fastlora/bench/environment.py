@@ -42,15 +42,21 @@ def version(package: str) -> str:
 
 def _commit() -> str:
     root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         # Only in a checkout of fastlora: an installation may lie inside somebody else's.
         if (root / "kernels").is_dir():
-            found = subprocess.run(command, capture_output=True, text=True, check=True)
-            return found.stdout.strip()
+            head = _git(root, "rev-parse", "--short", "HEAD")
+            # What was measured before does not change what is measured now.
+            changed = _git(root, "status", "--porcelain", "-uno", ":/", ":!benchmarks/results")
+            return f"{head}-dirty" if changed else head
     except (OSError, subprocess.CalledProcessError):
         pass
     return version("fastlora-kernels") or "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def driver_version() -> str:
