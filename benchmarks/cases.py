@@ -58,11 +58,17 @@ def time_module(
 
 
 def _time(benchmark: Any, case: str, p: float, step: Callable[[], object]) -> None:
+    time_step(benchmark, f"{case}, {TOKENS} tokens, rank {RANK}, p = {p}", step)
+
+
+def time_step(benchmark: Any, case: str, step: Callable[[], object]) -> None:
+    """Time something that was checked, on one thread."""
+
     def finished() -> None:
         step()
         synchronize(DEVICE)
 
-    benchmark.group = f"{MODEL} {case}, {TOKENS} tokens, rank {RANK}, p = {p}, {DTYPE}"
+    benchmark.group = f"{MODEL} {case}, {DTYPE}"
     benchmark.extra_info.update(facts(DEVICE))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a CPU, so that two runs can be compared

@@ -2,7 +2,8 @@
 
     python benchmarks/counts.py         or: make counts
 
-How it is counted, and what the words mean: ``fastlora/bench/counting.py``.
+How it is counted, and what the words mean: ``fastlora/bench/counting.py``. What a decode step with
+many adapters takes is counted in ``serving_counts.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from serving_counts import serving_table
 
 from fastlora import plans
 from fastlora.bench.counting import H200, SEED, Counts, count, h200, record_layer
@@ -227,10 +229,13 @@ def main() -> None:
     models, too_many = layers_table()
     print()
     cases, too_much = lorafusion_table()
+    print()
+    serving, too_slow = serving_table()
     if options.json:
-        options.json.write_text(json.dumps({"models": models, "lorafusion": cases}, indent=1))
-    if too_many or too_much:
-        sys.exit("\n".join(too_many + too_much))
+        found = {"models": models, "lorafusion": cases, "serving": serving}
+        options.json.write_text(json.dumps(found, indent=1))
+    if problems := too_many + too_much + too_slow:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python benchmarks/gpu.py --part tune  --out DIR     plans and tiles of the Qwen shapes
     python benchmarks/gpu.py --part bench --out DIR     `fastlora bench`, and what was promised
     python benchmarks/gpu.py --part compiled --out DIR  layers against peft by torch.compile
+    python benchmarks/gpu.py --part serve --out DIR     batches with many adapters, beside the base
     python benchmarks/gpu.py --part dram  --out DIR     DRAM bytes, if Nsight Compute is installed
     python benchmarks/gpu.py --import DIR               file what a run wrote, under its device
 
@@ -196,6 +197,13 @@ def run_compiled(run: Run) -> int:
     return run_bench(run, "compiled")
 
 
+def run_serve(run: Run) -> int:
+    """Measure decode steps and prefills with many adapters, and hold them to what was promised."""
+    from serving import run_serve  # it needs peft and safetensors
+
+    return run_serve(run)
+
+
 DRAM_METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 
 
@@ -305,6 +313,7 @@ _RUN = {
     "tune": run_tune,
     "bench": run_bench,
     "compiled": run_compiled,
+    "serve": run_serve,
     "dram": run_dram,
 }
 
@@ -334,14 +343,7 @@ def main() -> int:
 
         if not options.smoke and not torch.cuda.is_available():
             parser.error("there is no CUDA device; --smoke runs without one")
-        parts = {
-            "tests": run_tests,
-            "tune": run_tune,
-            "bench": run_bench,
-            "compiled": run_compiled,
-            "dram": run_dram,
-        }
-        return parts[options.part](Run(options))
+        return _RUN[options.part](Run(options))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

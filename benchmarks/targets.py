@@ -19,6 +19,7 @@ without TRITON_INTERPRET: interpreted functions cannot be compiled.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -51,6 +52,10 @@ from fastlora.kernels.low_rank_gemm import (
     low_rank_term,
     prepare_scaled_gemm,
 )
+from fastlora.kernels.paged_attention import paged_attention
+from fastlora.kernels.segmented_expand import segmented_expand
+from fastlora.kernels.segmented_shrink import segmented_shrink
+from fastlora.kernels.segments import PAGE
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.tile_config import DeviceLimits, TileConfig
 
@@ -113,6 +118,7 @@ OPERATIONS = ("shrink", "low_rank_gemm", "input_grad", "output_pass", "input_pas
 # The low-rank term of y and of dx alone: in the hybrid plan cuBLAS adds the frozen product to it.
 TERMS = ("low_rank_term", "input_grad_term")
 SCALED = ("scaled_gemm",)  # DoRA's
+SEGMENTED = ("segmented_shrink", "segmented_expand")  # an adapter for each row
 THIN = ("shrink", "output_pass", "input_pass", *TERMS)  # the others are never fused in fp32
 MASKS = ("none", "bits", "seed")
 # A kernel at half of its 255 registers that spills a little is ptxas's choice, to let more programs
@@ -128,6 +134,15 @@ SIBLINGS = {
     "gate, up": (12288, 12288),
     "four": (3584, 512, 512, 3584),
 }
+
+
+class Segments(NamedTuple):
+    """Which adapter every row has: never looked at."""
+
+    slots: Tensor
+    order: Tensor
+    tiles: Tensor
+    block_m: int
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,15 @@ class Case:
         if kind == "seed":
             return torch.zeros((), dtype=torch.int64)
         return self.stacked(self.m, -(-self.k // 8), dtype=torch.uint8)
+
+    def segmented(self) -> tuple[Tensor, Tensor, Segments]:
+        """Return the arena of the adapters, their descriptors, and the rows by adapter."""
+        slots, order = (self.empty(self.m, dtype=torch.int32) for _ in range(2))
+        block_m = 16 if self.m <= tile_config.DECODE_ROWS else 64
+        tiles = self.empty(3, -(-self.m // block_m), dtype=torch.int32)
+        descriptors = self.stacked(65, 4, dtype=torch.int32)
+        arena = self.empty(PAGE.value, dtype=self.adapter)
+        return arena, descriptors, Segments(slots, order, tiles, block_m)
 
 
 def _shrink(case: Case, kind: str) -> None:
@@ -283,12 +307,75 @@ def _input_pass(case: Case, kind: str) -> None:
     )
 
 
+def _segmented_shrink(case: Case, kind: str) -> None:
+    if kind != case.masks[0]:  # nor does inference
+        return
+    x = case.empty(case.m, case.k)
+    segmented_shrink(x, *case.segmented(), max_rank=case.r, config=case.config)
+
+
+def _segmented_expand(case: Case, kind: str) -> None:
+    if kind != case.masks[0]:
+        return
+    x, operands = case.empty(case.m, case.k), case.segmented()
+    h = segmented_shrink(x, *operands, max_rank=case.r)  # for its number of planes
+    ys = [case.empty(case.m, n) for n in case.ns]
+    segmented_expand(ys, h, *operands, config=case.config)
+
+
+@dataclass(frozen=True)
+class AttentionCase(Case):
+    """One layer's attention of a batch of ``m`` tokens: of Qwen3-8B unless said otherwise."""
+
+    masks: tuple[str, ...] = ("none",)
+    operations: tuple[str, ...] = ("paged_attention",)
+    sequences: int = 256
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    longest: int = 32768  # with few tokens its sequences are split
+    by_pages: bool = False
+    window: int | None = None  # in a ring
+
+
+def _paged_attention(case: Case, _: str) -> None:
+    assert isinstance(case, AttentionCase)
+    group, places = case.kv_heads, 1 << 18
+    joined = case.empty(case.m, case.heads + 2 * group, case.head_dim)
+    q, k, v = joined.split((case.heads, group, group), 1)
+    starts_q, starts_k = (case.empty(case.sequences + 1, dtype=torch.int32) for _ in range(2))
+    # PyTorch writes a ring, even here: to place 0.
+    lists = {"read_index": case.empty(1 << 20, dtype=torch.int64)}
+    lists["write_index"] = torch.zeros(case.m, dtype=torch.int64)
+    if case.by_pages:
+        lists = {"block_table": case.empty(case.sequences, 128, dtype=torch.int32)}
+    paged_attention(
+        q,
+        k,
+        v,
+        case.empty(places, group, case.head_dim),
+        case.empty(places, group, case.head_dim),
+        starts_q,
+        starts_k,
+        scaling=0.1,
+        longest=case.longest,
+        page_size=256 if case.by_pages else 0,
+        window=case.window,
+        is_ring=case.window is not None,
+        config=case.config,
+        **lists,
+    )
+
+
 _LAUNCH: Mapping[str, Callable[[Case, str], None]] = {
     "shrink": _shrink,
     "low_rank_gemm": _low_rank_gemm,
     "input_grad": _input_grad,
     "output_pass": _output_pass,
     "input_pass": _input_pass,
+    "segmented_shrink": _segmented_shrink,
+    "segmented_expand": _segmented_expand,
+    "paged_attention": _paged_attention,
     "scaled_gemm": _scaled_gemm,
     "low_rank_term": _low_rank_term,
     "input_grad_term": _input_grad_term,
@@ -323,13 +410,69 @@ def default_cases() -> Iterator[Case]:
                 wide = replace(mixed, name=f"fp32 r={r} {siblings}", operations=thin)
                 yield replace(wide, dtype=fp32, rank_dtype=fp32)
     yield Case("bf16 r=16, rows of 4100", ns=(4100,), k=4100, aligned=False)
+    yield from segmented_cases()
+    yield from attention_cases()
+
+
+# Rows of a batch: each a program's own, tiles of 16, tiles of 64 with K split, and without.
+SEGMENTED_ROWS = (8, 64, 1024, 16384)
+
+
+def segmented_cases() -> Iterator[Case]:
+    """Yield the launches of every number of rows that chooses another kernel or tile."""
+    fp16, fp32 = torch.float16, torch.float32
+    for m in SEGMENTED_ROWS:
+        base = Case("", m=m, masks=("none",), operations=SEGMENTED)
+        for dtype, ranks, groups in (
+            (torch.bfloat16, (16, 64, 256), ((4096,), SIBLINGS["gate, up"], SIBLINGS["q, k, v"])),
+            (fp16, (64,), (SIBLINGS["q, k, v"],)),
+            (fp32, (16, 256), ((4096,), SIBLINGS["q, k, v"])),
+        ):
+            for r, ns in itertools.product(ranks, groups):
+                name = f"{str(dtype).removeprefix('torch.')} T={m} r={r} S={len(ns)} segmented"
+                yield replace(base, name=name, ns=ns, r=r, dtype=dtype, adapter=dtype)
+        # The deepest layer of Qwen2.5-7B, split into the most planes.
+        yield replace(base, name=f"bfloat16 T={m} r=64 K=18944 segmented", k=18944, r=64)
+    odd = {"name": "bfloat16 r=64 rows of 4101 segmented", "ns": (4101,), "k": 4101, "r": 64}
+    for m in SEGMENTED_ROWS[1:]:
+        yield Case(m=m, masks=("none",), operations=SEGMENTED, aligned=False, **odd)
+
+
+def attention_cases() -> Iterator[Case]:
+    """Yield batches that only generate, mixed ones, and long prompts."""
+    fp16, fp32 = torch.float16, torch.float32
+    for m in (64, 1024, 16384):
+        base = AttentionCase("", m=m, sequences=min(m, 256))
+        for name, changes in (
+            ("heads of 128", {}),
+            ("heads of 128, no splits", {"longest": 256}),
+            ("7 heads in a group", {"heads": 28, "kv_heads": 4}),
+            ("64 heads in a group", {"heads": 64, "kv_heads": 1}),
+            ("heads of 64", {"heads": 14, "kv_heads": 2, "head_dim": 64}),
+            ("heads of 80", {"kv_heads": 32, "head_dim": 80}),
+            ("heads of 256", {"heads": 8, "kv_heads": 4, "head_dim": 256}),
+            ("a window", {"window": 4096}),
+            ("by pages", {"by_pages": True}),
+            ("by pages, 7 heads in a group", {"by_pages": True, "heads": 28, "kv_heads": 4}),
+            ("fp16", {"dtype": fp16}),
+            ("fp32", {"dtype": fp32}),
+            ("fp32, heads of 64", {"dtype": fp32, "heads": 14, "kv_heads": 2, "head_dim": 64}),
+            ("fp32, heads of 256", {"dtype": fp32, "heads": 8, "kv_heads": 4, "head_dim": 256}),
+        ):
+            yield replace(base, name=f"attention T={m}, {name}", **changes)
+    yield AttentionCase("attention T=1024, heads of 33", m=1024, head_dim=33)
 
 
 def quick_cases(target: Target) -> Iterator[Case]:
-    """Yield one call of each kernel at rank 16, for a test: about 6 compilations."""
+    """Yield one call of each kernel at rank 16, for a test: 6 compilations, and 13 for sm_90."""
     # The pass over x is the same code on all of NVIDIA's but for its copies: sm_90 stands for them.
     everywhere = OPERATIONS if target.name in ("sm_90", "gfx942") else OPERATIONS[:-1]
     yield Case("bf16 r=16", m=16384, masks=("seed",), operations=everywhere)
+    if target.name == "sm_90":
+        for m in (8, 64, 16384):
+            segmented = {"masks": ("none",), "operations": SEGMENTED}
+            yield Case(f"bf16 r=16 T={m}", m=m, ns=SIBLINGS["q, k, v"], **segmented)
+        yield AttentionCase("attention T=64", m=64, sequences=64)
 
 
 def tuned_cases(folder: Path, target: Target) -> Iterator[Case]:

@@ -71,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
             "broken."
         ),
     ))  # fmt: skip
+    _add_chat(commands.add_parser(
+        "chat",
+        help="talk to a model and its adapters, and compare what they answer",
+        description=(
+            "Talk to a model with LoRA adapters. Answers are written as they come, by the first "
+            "adapter until /use NAME or /base; /compare asks the base and all adapters in one "
+            "batch; /help says what else there is. Questions and commands may come from a pipe, a "
+            "line each."
+        ),
+    ))  # fmt: skip
     return parser
 
 
@@ -117,6 +127,45 @@ def _doctor(options: argparse.Namespace) -> int:
     )
     print(report)
     return 1 if report.broken else 0
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="the base model's name on the hub or folder")
+    parser.add_argument(
+        "--adapter",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="adapters to load: folders as peft saves them, or names on the hub",
+    )
+    parser.add_argument(
+        "--adapter-memory",
+        default="2GB",
+        metavar="SIZE",
+        help="of the device for adapters (default: 2GB)",
+    )
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--dtype", choices=("float32", *_DTYPES), help="of the base weights (default: as they are)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="sample at this temperature, 0: do not (default: as the model's own settings say)",
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="a system message")
+    parser.set_defaults(run=_chat)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from fastlora.serving.chat import run
+
+    return run(options)
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:

@@ -115,6 +115,7 @@ def examine(
         warnings.simplefilter("ignore")  # what a device or a table would warn of is a finding
         sections["machine"] = [*machine, *_devices(kinds)]
         sections["tuned tables"] = list(_tables(kinds, tune))
+        sections["serving"] = list(_serving())
         if shape is not None:
             title = f"plans of {model}, {name}, rank {rank}, dropout {dropout_p}, on "
             asked = (tokens, rank, getattr(torch, name), dropout_p > 0)
@@ -216,6 +217,25 @@ def _devices(kinds: dict[str, torch.device]) -> Iterator[Finding]:
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ
         remedy = "unset CUDA_VISIBLE_DEVICES" if hidden else "nvidia-smi  # update an old driver"
         yield Finding("advice" if hidden else "broken", "torch finds no CUDA device", remedy)
+
+
+def _serving() -> Iterator[Finding]:
+    if not _installed("transformers"):
+        return
+    try:
+        from fastlora.serving.batching import TESTED, unsupported_reason
+
+        reason = unsupported_reason()
+    except ImportError as error:
+        reason = _line(error)
+    if reason is None:
+        yield Finding("ok", f"Engine: continuous batching of transformers {TESTED}")
+    else:
+        what = f"Engine: {reason}: generate() only, without continuous batching"
+        yield Finding("advice", what, f'pip install "transformers=={TESTED}.*"')
+    if torch.cuda.is_available():
+        own = "its own paged attention: flash-attn is not installed"
+        yield Finding("ok", f"attention: {'flash-attn' if _installed('flash-attn') else own}")
 
 
 def _device(device: torch.device) -> Finding:

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from fastlora import rules
+from fastlora import mixed, rules
 from fastlora.autograd import DropoutMask, apply_call, apply_lora_linear, apply_scaled
 
 FUSED = "fused"  # what is recorded of a call that did not go to peft
@@ -97,6 +97,10 @@ class LoRALinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``x [..., K]`` to ``[..., N]``, fused, or by peft where a rule says so."""
         own, compiling = self.__dict__, torch.compiler.is_compiling()
+        if kwargs and kwargs.get("adapter_names") is not None:
+            if not compiling:
+                own["fastlora_last_call"] = "it was called with adapter_names="
+            return super().forward(x, *args, **kwargs)  # which calls _mixed_batch_forward
         # After a call that went to peft the rules come first: they are the likelier to say no.
         usual = not (args or kwargs or compiling) and own.get("fastlora_last_call") == FUSED
         if usual and (y := self._usual(x)) is not None:
@@ -142,6 +146,28 @@ class LoRALinear(PeftLinear):
         if found.siblings.scaled:
             return apply_scaled(call, x, (found.column_scale(scalings),))[0]
         return apply_call(call, x)[0]
+
+    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        names = kwargs.get("adapter_names")
+        if names is not None and mixed.is_packed(x, names):
+            x = x[0]  # one row for each name: peft counts rows of the batch
+        super()._check_forward_args(x, *args, **kwargs)
+
+    def _mixed_batch_forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> Tensor:
+        # Called by peft's forward, after its checks.
+        reason = mixed.fallback_reason(self, x, args, kwargs, adapter_names)
+        self.__dict__["fastlora_last_call"] = reason or FUSED
+        if reason is None:
+            return mixed.forward(self, x, adapter_names)
+        if mixed.is_packed(x, adapter_names):
+            packed: Tensor = super()._mixed_batch_forward(
+                x[0], *args, adapter_names=adapter_names, **kwargs
+            )
+            return packed.unsqueeze(0)
+        y: Tensor = super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        return y
 
     def _get_name(self) -> str:
         # peft's repr, get_layer_status() and get_model_status() report the class by this name.

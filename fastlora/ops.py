@@ -31,8 +31,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlora import dropout, plain, plans
+from fastlora import dropout, plain, plans, segmented
 from fastlora.kernels.layout import are_aligned, as_rows, mask_kind
+from fastlora.kernels.tile_config import allows_tf32
+from fastlora.segmented import Adapters
+from fastlora.segments import Segments
 
 _SCHEMAS = {
     "shrink": (
@@ -51,6 +54,11 @@ _SCHEMAS = {
     "input_grad": (
         "(Tensor[] dys, Tensor[] weights, Tensor dh, Tensor[] lora_as, Tensor? mask, "
         "float dropout_p, *, ScalarType dtype, ScalarType grad_dtype) -> Tensor dx"
+    ),
+    # Of a batch whose rows have adapters of their own; it has no backward pass.
+    "segmented_add": (
+        "(Tensor(a!)[] ys, Tensor x, Tensor arena, Tensor descriptors, Tensor slots, Tensor order, "
+        "Tensor tiles, int block_m, int max_rank) -> ()"
     ),
 }
 
@@ -77,9 +85,13 @@ def _launchers() -> SimpleNamespace:
         prepare_low_rank_term,
         prepare_scaled_gemm,
     )
+    from fastlora.kernels.segmented_expand import prepare_segmented_expand
+    from fastlora.kernels.segmented_shrink import prepare_segmented_shrink
     from fastlora.kernels.shrink import prepare_shrink
 
     return SimpleNamespace(
+        segmented_shrink=prepare_segmented_shrink,
+        segmented_expand=prepare_segmented_expand,
         shrink=prepare_shrink,
         low_rank_gemm=prepare_low_rank_gemm,
         low_rank_term=prepare_low_rank_term,
@@ -503,6 +515,117 @@ def _input_grad(
     return dx
 
 
+def add_adapters(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    arena: Tensor,
+    descriptors: Tensor,
+    segments: Segments,
+    *,
+    max_rank: int,
+    adapters: Callable[[int, tuple[int, ...]], Adapters],
+) -> None:
+    """``segmented_add``, past torch's dispatcher where nobody watches.
+
+    Args:
+        ys: for each sibling ``[T, N_s]``.
+        x: ``[T, K]``.
+        arena: with the weights of all adapters.
+        descriptors: ``[S, slots, 4]``, where in it they are.
+        segments: which adapter every row has.
+        max_rank: at least every adapter's, a multiple of 16.
+        adapters: returns the adapters of a sibling in some slots, for PyTorch.
+    """
+    if is_watched(x):
+        tensors = (arena, descriptors, segments.slots, segments.order, segments.tiles)
+        segmented_add(list(ys), x, *tensors, segments.block_m, max_rank)
+    elif _segmented_plan(ys, x, max_rank) == plans.PLAIN:
+        runs = segments.on_host()
+        with _without_autocast(x.device.type):
+            for s, y in enumerate(ys):
+                segmented.add_adapters(y, x, adapters(s, runs.slots), runs)
+    else:
+        _launch_segmented(ys, x, arena, descriptors, segments, max_rank)
+
+
+def _segmented_plan(ys: Sequence[Tensor], x: Tensor, max_rank: int) -> plans.Plan:
+    columns = sum(y.shape[1] for y in ys)
+    t, k = x.shape
+    return plans.plan_for("segmented_add", x.device, x.dtype, t, columns, k, max_rank)
+
+
+def _launch_segmented(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    arena: Tensor,
+    descriptors: Tensor,
+    segments: Segments,
+    max_rank: int,
+) -> None:
+    # All that the two launches were prepared for: the layers of a model take turns with one pair.
+    tiles = segments.tiles
+    key = (
+        plans.generation(),
+        x.dtype == torch.float32 and allows_tf32(),
+        x.device,
+        x.dtype,
+        x.shape,
+        x.stride(),
+        x.data_ptr() % 16,
+        arena.data_ptr() % 16,
+        descriptors.shape,
+        max_rank,
+        segments.block_m,
+        tiles.shape,
+        tiles.stride(),
+        *[(y.shape[1], y.stride(), y.data_ptr() % 16) for y in ys],
+    )
+    with _on(x.device):
+        prepared = _segmented_launches.get(key)
+        if prepared is None:
+            kernels, operands = _launchers(), (arena, descriptors, segments)
+            shrink = kernels.segmented_shrink(x, *operands, max_rank=max_rank)
+            h = shrink(x, *operands)
+            expand = kernels.segmented_expand(ys, h, *operands)
+            expand(ys, h, *operands)
+            if len(_segmented_launches) >= _MAX_LAUNCHES:
+                _segmented_launches.clear()
+            _segmented_launches[key] = (shrink, expand)
+            return
+        shrink, expand = prepared
+        expand(ys, shrink(x, arena, descriptors, segments), arena, descriptors, segments)
+
+
+_segmented_launches: dict[tuple[Any, ...], tuple[Callable[..., Tensor], Callable[..., None]]] = {}
+_MAX_LAUNCHES = 1024  # four groups of a model, at 256 sizes of a batch
+
+
+def _segmented_add(
+    ys: list[Tensor],
+    x: Tensor,
+    arena: Tensor,
+    descriptors: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    block_m: int,
+    max_rank: int,
+) -> None:
+    segments = Segments(slots, order, tiles, block_m)
+    if _segmented_plan(ys, x, max_rank) != plans.PLAIN:
+        _launch_segmented(ys, x, arena, descriptors, segments, max_rank)
+        return
+    runs = segments.on_host()
+    with _without_autocast(x.device.type):
+        for y, table in zip(ys, descriptors, strict=True):
+            found = segmented.unpack(arena, table, runs.slots, x.shape[1], y.shape[1])
+            segmented.add_adapters(y, x, found, runs)
+
+
+def _segmented_add_outputs(*operands: Any) -> None:
+    """Return nothing: the outputs are operands."""
+
+
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 
 
@@ -519,6 +642,7 @@ shrink = _register("shrink", _shrink, plain.shrink_outputs)
 low_rank_gemm = _register("low_rank_gemm", _low_rank_gemm, plain.low_rank_gemm_outputs)
 adapter_grads = _register("adapter_grads", _adapter_grads, plain.adapter_grads_outputs)
 input_grad = _register("input_grad", _input_grad, plain.input_grad_output)
+segmented_add = _register("segmented_add", _segmented_add, _segmented_add_outputs)
 
 DISPATCHED = SimpleNamespace(
     shrink=shrink,

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastlora import dropout, plain
+from fastlora import dropout, plain, segmented
 from fastlora.kernels.tile_config import (
     allows_tf32,
     device_limits,
@@ -40,6 +40,7 @@ from fastlora.kernels.tile_config import (
     tile_key,
     tuned_entries,
 )
+from fastlora.segments import Segments
 
 Plan = Literal["fused", "hybrid", "plain"]
 FUSED: Plan = "fused"
@@ -56,6 +57,8 @@ KERNELS: dict[str, Plan] = {
     "low_rank_term": PLAIN,
     "low_rank_gemm": HYBRID,
 }
+# The two segmented kernels, which only an engine needs: checked when a pool is made.
+SEGMENTED = "segmented_add"
 _FOR_EVERYTHING = frozenset(("shrink", "adapter_grads"))
 GEMMS = frozenset(("low_rank_gemm", "input_grad"))
 MAX_RANK = 256  # the widest accumulator that stays in registers
@@ -137,7 +140,8 @@ def plan_for(
     """Choose the plan of one call.
 
     Args:
-        operation: ``"shrink"``, ``"low_rank_gemm"``, ``"adapter_grads"`` or ``"input_grad"``.
+        operation: ``"shrink"``, ``"low_rank_gemm"``, ``"adapter_grads"``, ``"input_grad"`` or
+            ``"segmented_add"``.
         device: of the operands.
         dtype: of the frozen product for the two GEMMs, of the thin products for the others.
         m: rows.
@@ -155,7 +159,9 @@ def plan_for(
         # Kernels take CPU tensors only where they are interpreted, and only on request: the
         # interpreter is a thousand times slower than PyTorch.
         return PLAIN
-    if device not in _failures:
+    if operation == SEGMENTED:
+        segmented_reason(device)
+    elif device not in _failures:
         failed_kernels(device)
         if device not in _failures:  # nothing is known of it yet, nor to be remembered
             return PLAIN
@@ -198,6 +204,8 @@ def possible_plan(
     """
     if unsupported_reason(device, dtype, r) is not None:
         return PLAIN
+    if operation == SEGMENTED:
+        return PLAIN if segmented_reason(device) else FUSED
     failed = failed_kernels(device)
     if failed is None or not _FOR_EVERYTHING.isdisjoint(failed):
         return PLAIN
@@ -222,6 +230,8 @@ def _automatic(
     masked: bool,
     siblings: int,
 ) -> Plan:
+    if operation == SEGMENTED:
+        return FUSED  # PyTorch would have to ask the device which adapters there are
     if m < MIN_ROWS:
         # Without a mask PyTorch needs one launch for each thin product, as Triton does.
         return HYBRID if masked else PLAIN
@@ -303,6 +313,37 @@ def check_device(device: torch.device) -> dict[str, str]:
     return failures
 
 
+_segmented: dict[torch.device, str] = {}
+
+
+def segmented_reason(device: torch.device) -> str:
+    """Return why the segmented kernels are not used on a device, empty if they are; checks once.
+
+    Warns:
+        RuntimeWarning: they are wrong there, or do not compile.
+    """
+    if reason := unsupported_reason(device):
+        return reason
+    with _checking:
+        if device not in _segmented:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return "they were not checked before a CUDA graph was captured"
+            try:
+                reason = _reason_against(SEGMENTED, device) or ""
+            except torch.OutOfMemoryError:
+                return "out of memory while they were checked"
+            _segmented[device] = reason
+            _decided.cache_clear()
+            if reason:
+                warnings.warn(
+                    f"fastlora's segmented kernels do not work on {device_limits(device).name} "
+                    f"({reason}); batches with several adapters are computed by PyTorch, slowly",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        return _segmented[device]
+
+
 def _reason_against(kernel: str, device: torch.device) -> str | None:
     """Return what is wrong with a kernel on a device, whichever way it is launched, or ``None``."""
 
@@ -348,8 +389,45 @@ def _neutral(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _wrong_segmented(device: torch.device) -> str | None:
+    """Return in what the segmented kernels differ from PyTorch on small batches, or ``None``."""
+    from fastlora.kernels.segmented_expand import prepare_segmented_expand
+    from fastlora.kernels.segmented_shrink import prepare_segmented_shrink
+
+    k, n, dtype = (512, 384, torch.float16) if device.type == "cuda" else (64, 48, torch.float16)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    # Ranks that end in the middle of a tile, and one that takes two.
+    adapters = [segmented.Factors(draw(r, k) * k**-0.5, draw(r, n), 0.5 + r) for r in (8, 20, 3)]
+    arena, descriptors = segmented.pack(adapters)
+    # One of each variant: a program for each row, tiles of few rows, and of many.
+    for tokens in (5, 40, 300) if device.type == "cuda" else (5, 20):
+        slots = [(3 * t) % 4 for t in range(tokens)]
+        rows = Segments.of_slots(slots, table=4, device=device)
+        x, base = draw(tokens, k), draw(tokens, n)
+        expected = base.float()
+        runs = rows.on_host()
+        wide = [segmented.Factors(a.float(), b.float(), s) for a, b, s in adapters]
+        found = segmented.Adapters([wide[slot - 1] for slot in runs.slots])
+        segmented.add_adapters(expected, x.float(), found, runs)
+        shrink = prepare_segmented_shrink(x, arena, descriptors, rows, max_rank=32)
+        expand = None
+        for _ in range(2 if device.type == "cuda" else 1):  # from the second on past Triton
+            y, h = base.clone(), shrink(x, arena, descriptors, rows)
+            expand = expand or prepare_segmented_expand([y], h, arena, descriptors, rows)
+            expand([y], h, arena, descriptors, rows)
+        if reason := _difference([(f"y of {tokens} rows", y, expected)]):
+            return reason
+    return None
+
+
 def _wrong_result(kernel: str, device: torch.device) -> str | None:
     """Return in what a kernel's results differ from PyTorch's on one small problem, or ``None``."""
+    if kernel == SEGMENTED:
+        return _wrong_segmented(device)
     m, k, n, r, p = 256, 512, 256, 16, 0.25
     if device.type != "cuda":
         m, k, n = 32, 64, 48  # interpreted: a second, not a minute

@@ -17,6 +17,10 @@ and everything is split at the one small tensor in the middle, ``h`` (``[M, R]``
 touches the wide tensors: it is folded, with the adapter's scaling, into ``gain = scaling / (1 -
 p)``.
 
+A batch whose rows have adapters of their own adds each one's term to the frozen layer's output:
+
+    y[t] += scaling_i x[t] A_i^T B_i^T                      segmented_add, i the adapter of row t
+
 These functions *define* the operations: the operators in ``ops.py`` and the kernels are tested
 against them. They compute in the dtype they are given; in fp64 they are the exact result.
 
@@ -25,6 +29,8 @@ Sizes: ``M`` rows (all leading dimensions flattened), ``K`` in features, ``N`` o
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -65,3 +71,18 @@ def input_grad(
     """Return ``dx [M, K]``; the mask falls on the low-rank term alone, as in the forward."""
     low_rank = dh @ lora_a
     return dy @ weight + (low_rank if keep is None else low_rank * keep)
+
+
+def segmented_add(
+    y: Tensor, x: Tensor, adapters: Sequence[tuple[Tensor, Tensor, float] | None]
+) -> Tensor:
+    """Add to every row of ``y [T, N]`` its own adapter's term of ``x [T, K]``.
+
+    ``adapters`` has for every row ``A [R, K]``, ``B [N, R]`` and the scaling, or ``None``.
+    """
+    y = y.clone()
+    for t, adapter in enumerate(adapters):
+        if adapter is not None:
+            lora_a, lora_b, scaling = adapter
+            y[t] += scaling * ((x[t] @ lora_a.t()) @ lora_b.t())
+    return y

@@ -302,13 +302,13 @@ class Operands:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled layer has other tensors: it asks the rules anew.
-        return (_nothing, ())
+        return (nothing, ())
 
 
 NUMBERS = frozenset((int, float))
 
 
-def _nothing() -> None:
+def nothing() -> None:
     return None
 
 

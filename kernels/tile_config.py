@@ -27,6 +27,9 @@ TUNED = Path(__file__).parent / "tuned"
 # Rows of a batch are tuned at these sizes. A call takes the nearest one that is not smaller, or the
 # largest.
 M_BUCKETS = (64, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# Segmented operations: up to the first each row is a program's own, up to the second a tile has at
+# most 16 rows.
+ROWS_ALONE, DECODE_ROWS = 16, 256
 
 
 @dataclass(frozen=True)
@@ -152,14 +155,15 @@ def default_tile(
 
     Args:
         operation: ``"shrink"``, ``"low_rank_gemm"``, ``"input_grad"``, ``"output_pass"`` (dh and dB
-            over dy) or ``"input_pass"`` (dA over x).
+            over dy), ``"input_pass"`` (dA over x), ``"segmented_shrink"`` or
+            ``"segmented_expand"``.
         limits: of the device.
         dtype: of the operands of the products.
         m: rows.
         n: out features, of several siblings the sum; 0 where they play no part, as in the masked
             term of ``input_grad`` alone.
         k: in features; likewise, as in ``low_rank_term``.
-        r: rank of one sibling.
+        r: rank of one sibling; of segmented operations the largest.
         siblings: projections of the same input that share the launch.
         wide_rank: the low-rank term of a half-precision GEMM is fp32.
         aligned: rows start on 16-byte boundaries.
@@ -185,6 +189,10 @@ def default_tile(
         block_m, block_n, warps = _input_pass_block(limits, wide, rank, siblings)
         splits = _splits(limits, -(-k // block_n), m, at_least=512)
         return TileConfig(block_m, block_n, splits=splits, num_warps=warps, num_stages=stages)
+    if operation == "segmented_shrink":
+        return _segmented_shrink_tile(limits, wide, m, k, rank, siblings, aligned)
+    if operation == "segmented_expand":
+        return _segmented_expand_tile(wide, m, rank, aligned)
     raise ValueError(f"no such operation: {operation!r}")
 
 
@@ -290,6 +298,47 @@ def _shrink_block(
     return 64, 64, 4 if rank == 64 and siblings < 4 and limits.capability != 100 else 8
 
 
+def _segmented_shrink_tile(
+    limits: DeviceLimits, wide: bool, m: int, k: int, rank: int, siblings: int, aligned: bool
+) -> TileConfig:
+    """Return the tile: ``block_n`` are ranks. How many adapters there are is not known."""
+    if m <= ROWS_ALONE:
+        # 8 x 1024 are eight 16-byte loads a thread in four warps, all in flight at once.
+        block_k = 1024 if k <= 16384 else 2048
+        return TileConfig(1, 8, block_k, num_warps=block_k // 256)
+    block_m = 16 if m <= DECODE_ROWS else 64
+    tiles = -(-m // block_m)  # at least
+    if block_m == 16:
+        # Two items a processor, if all rows have one adapter.
+        splits = _splits(limits, -(-tiles * siblings // 2), k, at_least=512)
+        block_r, block_k = 16, 32 if wide else 128
+    else:
+        splits = _splits(limits, tiles, k, at_least=512)
+        widest = (64 if siblings == 1 and aligned else 32) // (2 if wide else 1)
+        block_r, block_k = min(rank, widest), 32 if wide else 64
+    # The expand reads every plane once for each of its column blocks.
+    splits, stages = min(splits, 16), 3 if wide else 4 if block_m == 16 else 5
+    # In four warps rank 64, and three siblings, spill 8 bytes a thread (sm_80, sm_89), and three
+    # siblings in fp32 48 (sm_100). In eight, three siblings of 32 ranks spill 8 on sm_100.
+    large = block_m > 16 and siblings * block_r > 32
+    warps = 8 if large and (wide or limits.capability not in (90, 100)) else 4
+    return TileConfig(block_m, block_r, block_k, splits=splits, num_warps=warps, num_stages=stages)
+
+
+def _segmented_expand_tile(wide: bool, m: int, rank: int, aligned: bool) -> TileConfig:
+    """Return the tile: ``block_k`` are ranks."""
+    if m <= ROWS_ALONE:
+        return TileConfig(1, 128, min(rank, 64), num_warps=8 if rank > 32 else 4, num_stages=1)
+    if m > DECODE_ROWS:
+        # 32 ranks in fp32 spill 24 bytes a thread on sm_100. Eight warps would hold the product of
+        # hi and that of lo in different layouts, and exchange the sum between them (sm_90).
+        block_n, block_r, warps = 64 if aligned else 32, 16 if wide else 32, 8 if wide else 4
+        return TileConfig(64, block_n, min(rank, block_r), num_warps=warps, num_stages=1)
+    # Half as wide, too little of B is on its way when every row has an adapter of its own.
+    block_n = 128 if aligned and not wide else 64
+    return TileConfig(16, block_n, min(rank, 32), num_warps=4, num_stages=1)
+
+
 def _splits(limits: DeviceLimits, blocks: int, length: int, at_least: int) -> int:
     """Return in how many parts to split a reduction so that every processor has work.
 
@@ -340,8 +389,8 @@ def tile_key(
 ) -> TileKey:
     """Return the key that a call with these sizes is looked up by (see ``default_tile``)."""
     bucket = next((size for size in M_BUCKETS if m <= size), M_BUCKETS[-1])
-    n = 0 if operation in ("shrink", "input_pass") else n
-    k = 0 if operation == "output_pass" else k
+    n = 0 if operation in ("shrink", "input_pass", "segmented_shrink") else n
+    k = 0 if operation in ("output_pass", "segmented_expand") else k
     name = str(dtype).removeprefix("torch.")
     return TileKey(operation, name, n, k, padded_rank(r), bucket, siblings)
 

@@ -20,6 +20,7 @@ from tiny_models import tiny_model
 from fastlora import cli, doctor, plans
 from fastlora.bench import environment
 from fastlora.kernels import tile_config
+from fastlora.serving import batching
 
 QWEN = "Qwen/Qwen2.5-7B-Instruct"
 H200 = "NVIDIA H200"
@@ -370,6 +371,26 @@ def test_interpreted_kernels_are_advice(monkeypatch):
     monkeypatch.setattr(plans, "interpreting", lambda: True)
     found = about(examine(), "TRITON_INTERPRET: kernels are interpreted")
     assert (found.kind, found.remedy) == ("advice", "unset TRITON_INTERPRET")
+
+
+# Serving
+
+
+def test_a_tested_transformers_has_continuous_batching():
+    assert about(examine(), "Engine: continuous batching of transformers").kind == "ok"
+
+
+def test_another_transformers_is_advice_and_named(monkeypatch):
+    monkeypatch.setattr(batching, "unsupported_reason", lambda: "transformers 9.9.9 is installed")
+    found = about(examine(), "Engine: transformers 9.9.9 is installed: generate() only")
+    assert (found.kind, found.remedy) == ("advice", 'pip install "transformers==5.23.*"')
+
+
+def test_on_a_gpu_it_says_whose_attention_the_engine_takes(gpus, installed):
+    gpus(H200)
+    assert about(examine(), "attention: its own paged attention")
+    installed({"flash-attn": "2.8.0"})
+    assert about(examine(), "attention: flash-attn")
 
 
 # Tables

@@ -12,9 +12,13 @@ from pathlib import Path
 import gpu
 import promises
 import pytest
+import serving
 import torch
 
+import fastlora
+from fastlora import plans
 from fastlora.bench import results
+from fastlora.bench.checking import WrongResult
 from fastlora.bench.command import write_about
 from fastlora.bench.results import Row
 from fastlora.bench.shapes import MAIN_MODELS
@@ -32,6 +36,23 @@ def run(*arguments, check=True):
     )
 
 
+# Of the smoke run of serving: case and provider.
+SERVED = {
+    ("copy", "torch"),
+    ("an empty launch of 528 programs", "triton"),
+    ("decode", "frozen"),
+    ("decode, 2 adapters", "fastlora"),
+    ("decode, launches that do nothing", "empty"),
+    ("segmented_shrink of q_proj/k_proj/v_proj, 2 adapters", "fastlora"),
+    ("segmented_expand of down_proj, 2 adapters", "fastlora"),
+    ("prefill", "frozen"),
+    ("prefill, 2 adapters", "fastlora"),
+    ("decode of one layer, 2 adapters", "peft"),
+    ("kernels, 16 adapters of rank 8 to 64", "fastlora-mixed"),
+    ("engine, 3 requests, 3 adapters", "fastlora"),
+}
+
+
 @pytest.mark.parametrize("part", gpu._RUN)
 def test_a_part_runs_and_leaves_its_files(part, tmp_path):
     run("--part", part, "--out", tmp_path, "--smoke", "--commit", "abc1234")
@@ -42,6 +63,19 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
     if part == "tune":
         entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
         assert {entry["key"]["siblings"] for entry in entries} == {1, 2}
+    if part == "serve":
+        rows = results.read(tmp_path / "serve.csv")
+        assert not [row for row in rows if row.refused]
+        assert {(row.level, row.commit) for row in rows} == {("serve", "abc1234")}
+        assert json.loads((tmp_path / "run.json").read_text())["command"].endswith(
+            "PART=serve OUT=folder"
+        )
+        assert "Failed" not in log
+        assert {(row.case, row.provider) for row in rows} >= SERVED
+        checked = [row for row in rows if row.provider.startswith("fastlora") and row.to_frozen]
+        gates = [row.gate for row in checked if row.case.startswith(("decode, 2", "prefill"))]
+        assert len(gates) == 3
+        assert all(0 < gate <= 1 for gate in gates)
     if part in ("bench", "compiled"):
         rows = results.read_folder(tmp_path)
         assert not [row for row in rows if row.refused]
@@ -175,3 +209,175 @@ def test_metrics_of_all_kernels_are_added_up():
         ]
     )
     assert gpu._sum_metrics(output) == {read: 2e6, write: 1024.0}
+
+
+class OnCpu:
+    """A run of a part, as a session of ``serving`` sees it."""
+
+    smoke, device, facts = True, torch.device("cpu"), {"commit": "abc1234"}
+
+    def __init__(self, out):
+        self.out, self.lines, self.late = out, [], False
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def out_of_time(self):
+        return self.late
+
+
+@pytest.fixture
+def session(tmp_path):
+    return serving.Session(OnCpu(tmp_path), serving.SMOKE)
+
+
+SHARE = Row(
+    level="serve", model="Qwen2.5-7B", case="decode, 16 adapters", tokens=32, rank=16,
+    provider="fastlora", timer="graph", median_us=10.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "least"),
+    [
+        ({}, 0.80),
+        ({"case": "decode, 1 adapter", "tokens": 64}, 0.86),
+        ({"case": "decode, 64 adapters", "tokens": 64}, 0.65),
+        ({"case": "decode, 64 adapters", "provider": "fastlora-overlapped"}, 0.68),
+        ({"case": "prefill, 1 adapter", "tokens": 8192, "timer": "eager"}, 0.92),
+        ({"case": "prefill, 16 adapters", "tokens": 512}, 0.90),
+    ],
+)
+def test_serving_is_held_to_its_share_of_the_base_model_s_speed(change, least):
+    row = replace(SHARE, **change)
+    for share, kept in ((least + 0.001, True), (least - 0.001, False)):
+        (verdict,) = serving.verdicts([replace(row, over_frozen=1 / share)])
+        assert (verdict.limit, verdict.is_kept) == (least, kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "Qwen3-8B"},
+        {"rank": 64},
+        {"provider": "empty"},
+        {"case": "decode, 4 adapters"},
+        {"over_frozen": None},
+    ],
+)
+def test_nothing_was_promised_of_other_ways_to_serve(change):
+    assert serving.verdicts([replace(SHARE, **{"over_frozen": 9.0, **change})]) == []
+
+
+@pytest.mark.parametrize(("median_us", "kept"), [(7.12, True), (7.13, False)])
+def test_a_kernel_is_held_to_its_bytes_at_four_fifths_of_a_copy_and_one_launch(median_us, kept):
+    copy = Row(level="serve", case="copy", moved_gib=1.0, median_us=256.0)  # 4.2 TB/s
+    kernel = replace(
+        SHARE, case="segmented_expand of o_proj, 16 adapters", moved_gib=0.016, median_us=median_us
+    )
+    (verdict,) = serving.verdicts([kernel, copy])
+    assert (verdict.limit, verdict.is_kept) == (7.12, kept)
+    assert serving.verdicts([kernel]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"provider": "fastlora-mixed", "over_fastlora": 1.1}, True),
+        ({"provider": "fastlora-mixed", "over_fastlora": 1.11}, False),
+        ({"case": "launches of a decoder layer", "launches": 8}, True),
+        ({"case": "launches of a decoder layer", "launches": 9}, False),
+        ({"case": "launches for metadata", "launches": 0}, True),
+        ({"case": "launches for metadata", "launches": 1}, False),
+    ],
+)
+def test_mixed_ranks_and_launches_have_a_limit(change, kept):
+    (verdict,) = serving.verdicts([replace(SHARE, **change)])
+    assert verdict.is_kept is kept
+
+
+def test_all_that_serving_promises_is_timed():
+    sizes = serving.SIZES
+    assert sizes.models[0].name == serving.PROMISED_MODEL
+    for promised in serving.PROMISED.values():
+        assert {distinct for distinct, _ in sizes.decode} == set(promised)
+    assert sizes.distinct == tuple(serving.PREFILL)
+    assert sizes.prefill == (8192, 512)
+    assert serving.PROVIDERS[serving.LAUNCHES] in serving.VARIANTS
+
+
+def test_launches_are_what_adapters_add_and_others_are_named(session, monkeypatch):
+    served = serving.Served(serving._tiny(), session.device, session.dtype, [(2, 16)])
+    bare = serving.collections.Counter({"gemm": 7})
+    ours = bare + serving.collections.Counter(
+        {"_segmented_shrink_kernel": 4, "_row_expand_kernel": 4, "argsort": 1}
+    )
+    found = iter([bare, ours])
+    monkeypatch.setattr(serving, "launched", lambda step, device: next(found))
+    session.on_gpu = True
+    session.launches(served, served.load("adapter", 2, 16))
+    assert {row.case: row.launches for row in session.rows} == {
+        "launches of a decoder layer": 9,
+        "launches for metadata": 1,
+    }
+    assert "{'argsort': 1}" in session.run.lines[-1]
+
+
+interpreted = pytest.mark.skipif(not plans.interpreting(), reason="it interprets kernels")
+
+
+@interpreted
+def test_serving_is_not_timed_where_it_is_wrong(session, monkeypatch):
+    """Adapters are told after the capture: a graph that forgets them, or mixes them up."""
+    served = serving.Served(serving._tiny(), session.device, session.dtype, [(3, 16)])
+    slots = served.load("adapter", 3, 16)
+    inputs, rows = served.inputs(4), serving.Rows(4, served.pool)
+    with fastlora.backend("fused"):
+        step = session.capture(served.step(inputs, None, rows, rows), None)
+        requests = serving.in_turns(slots[:2], 4)
+        assert session.checked(served, step, [(rows, requests)], inputs, {"case": "right"})
+        # The last row has another adapter than it should, or none.
+        for number, wrong in enumerate((slots[2], 0)):
+            rows.tell([*requests[:-1], (wrong, 1)])
+            step.replay()
+            with pytest.raises(WrongResult, match="layer 0, q_proj"):
+                served.check(step.outputs, inputs, requests)
+            monkeypatch.setattr(rows, "tell", lambda requests: None)
+            row = {"case": f"wrong {number}"}
+            assert not session.checked(served, step, [(rows, requests)], inputs, row)
+            monkeypatch.undo()
+    refused = [row.refused for row in session.rows]
+    assert len(refused) == 2
+    assert all("from fp64, allowed are" in reason for reason in refused)
+
+
+def test_one_wrong_row_of_thousands_is_seen(session):
+    served = serving.Served(serving._tiny(), session.device, session.dtype, [(1, 16)])
+    served.load("adapter", 1, 16)
+    x = torch.randn(8192, 32).half()
+    exact = torch.randn(8192, 48).double()
+    for change, what in ((0.0, None), (0.05, "q_proj, row 5000")):
+        y = exact.half()
+        y[5000] *= 1 + change
+        operands = (x, y, exact.half(), exact.clone(), [(0, 8192)])
+        if what is None:
+            assert served.compare("q_proj", 0, *operands) <= 1
+        else:
+            with pytest.raises(WrongResult, match=what):
+                served.compare("q_proj", 0, *operands)
+
+
+def test_one_failure_does_not_cost_the_rest_of_serving(session):
+    def fails():
+        raise RuntimeError("no such device")
+
+    session.section("one", fails)
+    session.section("two", lambda: session.add(case="two", provider="fastlora"))
+    session.run.late = True
+    session.section("three", lambda: session.add(case="three", provider="fastlora"))
+    assert session.failed
+    assert session.notes == [
+        "Failed: one (RuntimeError: no such device).",
+        "Out of time: three.",
+    ]
+    assert [row.case for row in results.read(session.run.out / "serve.csv")] == ["two"]

@@ -16,6 +16,8 @@ ORDER = [
     "dropout",
     "reference",
     "plain",
+    "segments",
+    "segmented",
     "plans",
     "ops",
     "prepared",
@@ -24,36 +26,44 @@ ORDER = [
     "dora",
     "rules",
     "discovery",
+    "mixed",
     "layers",
     "siblings",
     "patching",
     "callback",
     "timing",
     "tuning",
+    "adapters",
+    "serving",
     "bench",
     "doctor",
     "cli",
 ]
-# The same inside fastlora/bench/.
-BENCH = [
-    "arguments",
-    "accuracy",
-    "shapes",
-    "results",
-    "summary",
-    "providers",
-    "checking",
-    "counting",
-    "environment",
-    "measuring",
-    "modules",
-    "operations",
-    "steps",
-    "planning",
-    "session",
-    "report",
-    "command",
-]
+# The same inside each folder.
+INSIDE = {
+    "bench": [
+        "arguments",
+        "accuracy",
+        "shapes",
+        "results",
+        "summary",
+        "providers",
+        "checking",
+        "counting",
+        "environment",
+        "measuring",
+        "modules",
+        "operations",
+        "steps",
+        "planning",
+        "session",
+        "report",
+        "command",
+    ],
+    "adapters": ["files", "pages", "pool"],
+    "serving": ["sampling", "attention", "linears", "requests", "batching", "engine", "chat"],
+}
+FOLDERS = sorted((folder, module) for folder, modules in INSIDE.items() for module in modules)
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -69,8 +79,10 @@ def imported_modules(path: Path) -> set[str]:
 
 def test_every_module_has_a_place_in_the_order():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules | {"bench"} == set(ORDER)
-    assert {path.stem for path in (PACKAGE / "bench").glob("*.py")} - {"__init__"} == set(BENCH)
+    assert modules | set(INSIDE) == set(ORDER)
+    for folder, inside in INSIDE.items():
+        found = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+        assert found == set(inside), folder
 
 
 def paths_of(module):
@@ -84,14 +96,15 @@ def test_imports_go_one_way(module):
     later = tuple(f"fastlora.{name}" for name in ORDER[ORDER.index(module) :])
     for path in paths_of(module):
         for name in imported_modules(path):
-            inside = module == "bench" and name.startswith("fastlora.bench")
+            inside = module in INSIDE and name.startswith(f"fastlora.{module}")
             assert inside or not (name in later or name.startswith(tuple(f"{n}." for n in later)))
 
 
-@pytest.mark.parametrize("module", BENCH)
-def test_imports_inside_bench_go_one_way(module):
-    later = {f"fastlora.bench.{name}" for name in BENCH[BENCH.index(module) :]}
-    assert not imported_modules(PACKAGE / "bench" / f"{module}.py") & later
+@pytest.mark.parametrize(("folder", "module"), FOLDERS)
+def test_imports_inside_a_folder_go_one_way(folder, module):
+    modules = INSIDE[folder]
+    later = {f"fastlora.{folder}.{name}" for name in modules[modules.index(module) :]}
+    assert not imported_modules(PACKAGE / folder / f"{module}.py") & later
 
 
 OPERATION = ORDER[: ORDER.index("functional") + 1]
@@ -113,7 +126,17 @@ def test_kernels_import_only_torch_triton_the_standard_library_and_each_other():
 
 
 # Kernels that are two halves of one operator.
-STEMS = {"output_pass": "adapter_grads", "input_pass": "adapter_grads"}
+STEMS = {
+    "output_pass": "adapter_grads",
+    "input_pass": "adapter_grads",
+    "segmented_shrink": "segmented_add",
+    "segmented_expand": "segmented_add",
+}
+
+
+# Called by transformers, as an attention, and so no operator: what defines it, and where its tests
+# are.
+NO_OPERATOR = {"paged_attention": ("serving/attention.py", "test_kernels_paged_attention.py")}
 
 
 def test_every_kernel_has_its_five_places():
@@ -122,11 +145,16 @@ def test_every_kernel_has_its_five_places():
         if f"def _{stem}_kernel" not in source:
             continue
         stem = STEMS.get(stem, stem)
+        assert (ROOT / f"benchmarks/bench_{stem}.py").exists()
+        if stem in NO_OPERATOR:
+            definition, tests = NO_OPERATOR[stem]
+            assert f"def plain_{stem}(" in (PACKAGE / definition).read_text(encoding="utf-8")
+            assert (ROOT / "tests" / tests).exists()
+            continue
         for module in ("reference", "ops"):
             names = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
             assert f"def {stem}(" in names or f"{stem} = " in names, f"{module}.{stem} is missing"
         assert (ROOT / f"tests/test_{stem}.py").exists()
-        assert (ROOT / f"benchmarks/bench_{stem}.py").exists()
 
 
 def test_no_test_or_example_names_a_device_of_its_own():

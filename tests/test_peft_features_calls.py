@@ -143,8 +143,8 @@ def test_transposed_base_weight_is_fused(spy: Spy) -> None:
     assert_falls_back(spy, fused, plain, reason, tokens())
 
 
-def test_mixed_batch_falls_back(spy: Spy) -> None:
-    """Row: mixed batch `adapter_names=[...]`."""
+def test_mixed_batch_is_fused_without_gradients(spy: Spy) -> None:
+    """Row: mixed batch `adapter_names=[...]`; see test_adapter_names."""
 
     def prepare(model: PeftModel) -> None:
         add_second_adapter(model)
@@ -152,9 +152,13 @@ def test_mixed_batch_falls_back(spy: Spy) -> None:
 
     fused, plain = twins(peft_net(), prepare)
     names = ["default", "__base__", "other", "other", "default"] * (ROWS // 5)
-    reason = "last call went to peft: it was called with adapter_names="
+    reason = "last call went to peft: adapter_names= are fused without gradients only"
     assert_falls_back(spy, fused, plain, reason, adapter_names=names)
     assert_fused(spy, fused, plain)  # the next call is an ordinary one again
+    with torch.no_grad():
+        mixed = fused(inputs(), adapter_names=names)
+        torch.testing.assert_close(mixed, plain(inputs(), adapter_names=names))
+    assert "went to peft" not in fastlora.explain(fused)
 
     assert_same_error(fused, plain, inputs(), adapter_names=names[:2])
     assert_same_error(fused, plain, inputs(), adapter_names=[*names[:-1], "unknown"])

@@ -235,6 +235,8 @@ def test_a_device_that_was_not_checked_is_plain_inside_a_capture(pretend, monkey
 @pytest.fixture
 def unchecked(monkeypatch):
     monkeypatch.setattr(plans, "_failures", {})
+    monkeypatch.setattr(plans, "_segmented", {})
+    plans._decided.cache_clear()
 
 
 interpreted = pytest.mark.skipif(not plans.interpreting(), reason="runs on the interpreter")
@@ -296,6 +298,41 @@ def test_a_wrong_kernel_is_found_and_leads_to_another_plan(unchecked, monkeypatc
         assert re.search(rf"{form} does not work .*the {fallback} plan", str(warning.message))
     with fastlora.backend("fused"):
         assert plan("low_rank_gemm", CPU) == "plain"
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", [None, "segmented_shrink", "segmented_expand"])
+def test_segmented_kernels_are_checked_on_their_own(unchecked, monkeypatch, kernel):
+    import importlib
+
+    arguments = ("segmented_add", CPU, FP16, 40, 48, 64, 32)
+    if kernel is None:
+        with fastlora.backend("fused"):
+            assert plans.plan_for(*arguments) == "fused"
+        monkeypatch.setattr(plans, "_wrong_result", lambda *_: pytest.fail("checked twice"))
+        assert plans.segmented_reason(CPU) == ""
+        assert plans._failures == {}  # training's kernels have nothing to do with it
+        assert plans.plan_for(*arguments) == "plain"  # on a CPU, unless asked to
+        return
+    module = importlib.import_module(f"fastlora.kernels.{kernel}")
+    prepare = getattr(module, f"prepare_{kernel}")
+
+    def broken(*args, **kwargs):
+        run = prepare(*args, **kwargs)
+
+        def launch(*tensors):
+            result = run(*tensors)
+            (tensors[0][0] if result is None else result).mul_(1.5)
+            return result
+
+        return launch
+
+    monkeypatch.setattr(module, f"prepare_{kernel}", broken)
+    with (
+        pytest.warns(RuntimeWarning, match="segmented kernels do not work .* is off by"),
+        fastlora.backend("fused"),
+    ):
+        assert plans.plan_for(*arguments) == "plain"
 
 
 @interpreted

@@ -70,7 +70,8 @@ def test_default_tiles_have_no_problem_on_any_target(result, defaults):
     for target in targets.TARGETS:
         for kernel in ("_shrink_kernel", GEMM, "_output_pass_kernel", "_add_partials_kernel"):
             assert (target.name, kernel) in kernels
-    assert ("sm_90", "_input_pass_kernel") in kernels
+    for stem in ("input_pass", "row_shrink", "row_expand", "segmented_shrink", "segmented_expand"):
+        assert ("sm_90", f"_{stem}_kernel") in kernels
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,8 @@ def test_a_signature_is_compiled_once(result):
     assert [match[1] for match in rows if match] == ["8192", "4096"]
 
 
-def test_quick_cases_are_at_most_forty_compilations(result):
-    assert len(result["reports"]) <= 40
+def test_quick_cases_are_at_most_fifty_compilations(result):
+    assert len(result["reports"]) <= 50
 
 
 def test_tuned_tiles_are_compiled_for_their_own_architecture(result):

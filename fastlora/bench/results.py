@@ -59,7 +59,8 @@ class Row:
         cpu: its name.
         python: its version, as those of the packages that follow.
         level: one of ``LEVELS`` (at "counts" nothing is timed, at "roof" what the device reaches),
-            or "host", "launch" or "saved", of the benchmarks that measure those alone.
+            or "decode", "host", "launch", "saved" or "serve", of the benchmarks that measure those
+            alone.
         model: whose shapes these are.
         case: which operation, linear or variant of the step; "layer" for the seven linears.
         count: how often it occurs in a decoder layer.

@@ -1,0 +1,1085 @@
+"""The part ``serve`` of ``gpu.py``: what many adapters in a batch cost, and what was promised.
+
+The linears of a model and its head have random weights, and run as the engine runs them (the same
+classes, an ``AdapterPool``, its tables), without attention, norms and activations. Every layer has
+memory of its own, so that nothing comes from the L2 cache that would not in a model. Graphs are
+captured while no row has an adapter, and told of the adapters afterwards; what they compute is
+compared with a loop over the adapters, in fp64 and in the model's dtype, before they are timed.
+
+    decode      one CUDA graph of all linears and the head, beside the base model's
+    prefill     8192 tokens at once, and a chunk of 512
+    kernels     each of the two kernels on each group of linears: time, and the bytes it moves
+    launches    counted by PyTorch's profiler; and what an empty one takes
+    engine      ``Engine`` end to end, where this transformers is one that it was written for
+"""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import functools
+import gc
+import itertools
+import json
+import math
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import serving_counts
+import torch
+import triton
+from promises import Verdict
+from serving_counts import (
+    DECODE,
+    LAUNCHES,
+    PREFILL,
+    PREFILL_TOKENS,
+    PROMISED,
+    PROMISED_MODEL,
+    Batch,
+    Tiles,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastlora
+from fastlora import AdapterPool, ops, plans
+from fastlora.bench import checking, measuring
+from fastlora.bench.command import write_about
+from fastlora.bench.environment import facts
+from fastlora.bench.measuring import MIN_ROUNDS, Step, Timing, in_rounds
+from fastlora.bench.providers import DecoderLayer
+from fastlora.bench.results import Row, writer
+from fastlora.bench.shapes import GROUPS, INPUTS, MODELS, NAMES, RANK, Linear, Model
+from fastlora.kernels import segmented_expand, segmented_shrink
+from fastlora.kernels.tile_config import ROWS_ALONE
+from fastlora.segments import PAGE, Segments, pages_of
+from fastlora.serving.linears import RowsOfTokens, attach
+
+if TYPE_CHECKING:
+    from gpu import Run
+
+# A kernel takes at most what its bytes take at this share of a copy's bandwidth, and a launch.
+BANDWIDTH, LAUNCH_US = 0.8, 2.0
+# Adapters of several ranks take at most so much longer than the same bytes of one rank.
+MIXED = 1.10
+MIXED_RANKS, ONE_RANK, OF_MIXED = (8, 24, 32, 64), 32, 16
+
+# By how many launches of a layer nothing hides; who is timed is in ``VARIANTS``.
+PROVIDERS = {8: "fastlora", 4: "fastlora-overlapped"}
+# How the linears run. One with its shrinks beside the frozen products, on a stream of their own,
+# is to stand here as "fastlora-overlapped": it is then timed, and held to what was promised of it.
+VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {"fastlora": nullcontext}
+
+GIB = 2**30
+_SPREAD = 0.05  # standard deviation of all weights of adapters
+_LOADERS = 8
+_EMPTY = 1000  # launches
+_MANY_PROGRAMS = 528  # four for every processor of an H200
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        models: the first has everything measured.
+        decode: distinct adapters and rows.
+        prefill: tokens.
+        distinct: adapters of a prefill.
+        turns: of a step in a round; of a prefill there are fewer.
+        empty: launches that do nothing.
+        requests: to the engine, of so many tokens, answered with so many.
+        engine: whose shape the engine's model has.
+    """
+
+    models: tuple[Model, ...]
+    decode: tuple[tuple[int, int], ...] = DECODE
+    prefill: tuple[int, ...] = PREFILL_TOKENS
+    distinct: tuple[int, ...] = tuple(PREFILL)
+    turns: int = 9
+    empty: int = _EMPTY
+    requests: tuple[int, int, int] = (64, 128, 128)
+    engine: Model = MODELS["Qwen2.5-0.5B"]
+
+
+def _tiny() -> Model:
+    linears = {
+        "q_proj": Linear(48, 32, True),
+        "k_proj": Linear(16, 32, True),
+        "v_proj": Linear(16, 32, True),
+        "o_proj": Linear(32, 48),
+        "gate_proj": Linear(64, 32),
+        "up_proj": Linear(64, 32),
+        "down_proj": Linear(32, 64),
+    }
+    config = {
+        **MODELS["Qwen2.5-0.5B"].config,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+    }
+    return Model("tiny", linears, 1, config)
+
+
+SIZES = Sizes(tuple(MODELS[name] for name in (PROMISED_MODEL, "Qwen2.5-0.5B", "Qwen3-8B")))
+# Both kinds of tiles that a batch that generates has: single rows, and 16 rows.
+SMOKE = Sizes(
+    (_tiny(),), ((2, 2),), (17,), (2,), turns=1, empty=2, requests=(3, 4, 2), engine=_tiny()
+)
+
+
+class OutOfTime(Exception):
+    """The part's time is over."""
+
+
+class Linears(nn.Module):
+    """All linears of a model that adapters change, and its head; nothing that is between them."""
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+
+        def linear(shape: Linear) -> nn.Linear:
+            layer = nn.Linear(shape.k, shape.n, shape.has_bias, device=device, dtype=dtype)
+            return layer.requires_grad_(False)
+
+        self.layers = nn.ModuleList(
+            DecoderLayer({name: linear(shape) for name, shape in model.linears.items()})
+            for _ in range(model.layers)
+        )
+        self.lm_head = linear(Linear(model.config["vocab_size"], model.config["hidden_size"]))
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head, as transformers' models do."""
+        return self.lm_head
+
+    def forward(
+        self, inputs: Sequence[Tensor], head: Tensor | None, keep: Iterable[int] = ()
+    ) -> list[Tensor]:
+        """Run them all.
+
+        Args:
+            inputs: of every layer, in the order of ``shapes.INPUTS``.
+            head: of the head, unless it is left out.
+            keep: numbers of the layers whose outputs are returned.
+        """
+        kept: list[Tensor] = []
+        for number, layer in enumerate(self.layers):
+            ys = layer(*inputs)
+            if number in keep:
+                kept += ys
+        if head is not None:
+            self.lm_head(head)
+        return kept
+
+
+class Rows:
+    """Which adapter every row has, on the device: none at first, and then what it is told."""
+
+    def __init__(self, tokens: int, pool: AdapterPool) -> None:
+        self._pool = pool
+        # Not what PyTorch's side of the operator walks: that is of the adapters at first.
+        self.segments = replace(self._made([(0, tokens)]), runs=None)
+
+    def tell(self, requests: Sequence[tuple[int, int]]) -> None:
+        """Take the adapters of other requests with as many rows, in place."""
+        told = self._made(requests)
+        for name in ("slots", "order", "tiles"):
+            getattr(self.segments, name).copy_(getattr(told, name))
+
+    def _made(self, requests: Sequence[tuple[int, int]]) -> Segments:
+        return Segments.of(requests, table=self._pool.slots, device=self._pool.device)
+
+
+class Captured:
+    """A step in a CUDA graph, whose outputs stay where they are; without a GPU the step itself.
+
+    Args:
+        step: returns its outputs.
+        device: where it runs.
+        pool: see ``measuring.captured``.
+    """
+
+    def __init__(self, step: Callable[[], list[Tensor]], device: torch.device, pool: Any) -> None:
+        self.outputs: list[Tensor] = []
+
+        def keeping() -> None:
+            self.outputs = step()  # of a graph: of its last call, which is the captured one
+
+        self.replay: Step = keeping
+        if device.type == "cuda":
+            self.replay = measuring.captured(keeping, pool)
+
+
+class Served:
+    """The linears of a model, and a pool of adapters.
+
+    Args:
+        model: whose shapes they have.
+        device: where they are.
+        dtype: of weights and adapters.
+        loaded: count and rank of all adapters that are to have room.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: torch.device,
+        dtype: torch.dtype,
+        loaded: Iterable[tuple[int, int]],
+    ) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self.module = Linears(model, device, dtype)
+        pages = sum(
+            count * model.layers * (pages_of(rank * one.k) + pages_of(rank * one.n))
+            for count, rank in loaded
+            for one in model.linears.values()
+        )
+        self.pool = AdapterPool(self.module, memory=pages * PAGE * dtype.itemsize, host_memory=0)
+        self.routing = attach(self.module, self.pool)
+        # The outputs of these are compared: a table that is off by a layer is right in the first.
+        self.checked = sorted({0, model.layers - 1})
+        self.groups: dict[tuple[str, ...], list[Any]] = {names: [] for names in GROUPS}
+        for group in self.pool.groups:
+            names = tuple(name.rpartition(".")[2] for name in group.names)
+            if names in self.groups:
+                self.groups[names].append(group)
+        assert {len(found) for found in self.groups.values()} == {model.layers}, self.groups
+
+    def load(self, name: str, count: int, rank: int) -> list[int]:
+        """Load adapters of one rank, each with weights of its own; returns their slots.
+
+        All come from one file, so that it need not be written for each; the weights are drawn anew
+        where they lie.
+        """
+        names = [f"{name}-{number}" for number in range(count)]
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(Path(folder), adapted(self.pool), rank, self.dtype)
+            with ThreadPoolExecutor(_LOADERS) as threads:
+                list(threads.map(lambda each: self.pool.load(each, folder), names))
+        self.pool.arena.normal_(std=_SPREAD)
+        slots = [self.pool.lease(each).slot for each in names]
+        assert len(set(slots) - {0}) == count, slots
+        return slots
+
+    def inputs(self, tokens: int) -> list[Tensor]:
+        """Draw the inputs of every layer's linears."""
+        linears = self.model.linears
+        generator = torch.Generator(self.device).manual_seed(tokens)
+        return [
+            torch.randn(tokens, linears[name].k, generator=generator, device=self.device).to(
+                self.dtype
+            )
+            for name in INPUTS
+        ]
+
+    def step(
+        self, inputs: Sequence[Tensor], head: Tensor | None, rows: Rows | None, logits: Rows | None
+    ) -> Callable[[], list[Tensor]]:
+        """Return a step, of the base model if there are no rows with adapters."""
+        keep = self.checked if rows else []
+
+        def run() -> list[Tensor]:
+            batch = None
+            if rows is not None and logits is not None:
+                ceiling = self.pool.rank_ceiling
+                batch = RowsOfTokens(rows.segments, logits.segments, ceiling)
+            with torch.no_grad(), self.routing.batch(batch):
+                found: list[Tensor] = self.module(inputs, head, keep)
+            return found
+
+        return run
+
+    def check(
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        requests: Sequence[tuple[int, int]],
+    ) -> float:
+        """Hold outputs of a step to the rule, against a loop over the adapters.
+
+        Returns:
+            The largest error as a share of what is allowed.
+
+        Raises:
+            WrongResult: one is farther from fp64 than allowed.
+        """
+        by_input = dict(zip(INPUTS, inputs, strict=True))
+        xs = {name: by_input[names[0]] for names in GROUPS for name in names}
+        named = [(number, name) for number in self.checked for name in self.model.linears]
+        worst = 0.0
+        for (number, name), y in zip(named, outputs, strict=True):
+            (at,) = (i for i, path in enumerate(self.pool.names) if path == path_of(number, name))
+            linear: Any = self.module.get_submodule(self.pool.names[at])
+            weight, bias, x = linear.weight, linear.bias, xs[name]
+            native = functional.linear(x, weight, bias)
+            wide_bias = None if bias is None else bias.double()
+            exact = functional.linear(x.double(), weight.double(), wide_bias)
+            title = f"layer {number}, {name}"
+            worst = max(worst, self.compare(title, at, x, y, native, exact, requests))
+        return worst
+
+    def compare(
+        self,
+        title: str,
+        at: int,
+        x: Tensor,
+        y: Tensor,
+        native: Tensor,
+        exact: Tensor,
+        requests: Sequence[tuple[int, int]],
+    ) -> float:
+        """Compare one output, given what it is without adapters in its dtype and in fp64."""
+        slots = tuple(dict.fromkeys(slot for slot, _ in requests if slot))
+        of_row = [slot for slot, count in requests for _ in range(count)]
+        for slot, each in zip(slots, self.pool.in_slots(at, slots).factors, strict=True):
+            if each is None:
+                continue
+            rows = torch.tensor(
+                [row for row, own in enumerate(of_row) if own == slot], device=self.device
+            )
+            a, b, own = each.lora_a, each.lora_b, x[rows]
+            native[rows] += (own @ a.t()) @ b * each.scaling
+            exact[rows] += (own.double() @ a.double().t()) @ b.double() * each.scaling
+        # Of thousands of rows a single wrong one is next to nothing: the worst is held by itself.
+        errors, allowed = row_errors(y, exact), row_errors(native, exact)
+        at_worst = int(errors.argmax())
+        row = f"{title}, row {at_worst}"
+        return max(
+            checking.check({title: y}, {title: native}, {title: exact}),
+            checking.check_errors(
+                {row: y[at_worst]}, {row: float(allowed.max())}, {row: exact[at_worst]}
+            ),
+        )
+
+
+def row_errors(value: Tensor, exact: Tensor) -> Tensor:
+    """Return the relative error of every row."""
+    errors: Tensor = (value.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    return errors
+
+
+def path_of(number: int, name: str) -> str:
+    """Return what a linear of a layer is called in ``Linears``."""
+    return f"layers.{number}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
+
+
+def save_adapter(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype
+) -> None:
+    """Write an adapter as peft does.
+
+    Args:
+        folder: where.
+        shapes: out and in features of the linears that it changes, by their paths.
+        rank: of it.
+        dtype: of its weights.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for path, (n, k) in shapes.items():
+        for factor, size in (("A", (rank, k)), ("B", (n, rank))):
+            weight = (torch.randn(size) * _SPREAD).to(dtype)
+            tensors[f"base_model.model.{path}.lora_{factor}.weight"] = weight
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(NAMES)}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def adapted(pool: AdapterPool) -> dict[str, tuple[int, int]]:
+    """Return the shapes of a pool's linears that adapters change here: all but the head."""
+    return {path: shape for path, shape in pool.shapes.items() if path.rpartition(".")[2] in NAMES}
+
+
+@triton.jit
+def _empty_kernel(x_ptr):
+    pass
+
+
+def empty_launches(ys: object, x: Tensor, *_: object, **__: object) -> None:
+    """Stand in for ``ops.add_adapters``: as many launches, which do nothing."""
+    for _number in range(LAUNCHES // len(GROUPS)):
+        _empty_kernel[(1,)](x)
+
+
+def repeated(launch: Callable[[], object], count: int) -> list[Tensor]:
+    """Launch so many times; a step without outputs."""
+    for _ in range(count):
+        launch()
+    return []
+
+
+def together(runs: Sequence[Callable[[], list[Tensor]]]) -> list[Tensor]:
+    """Take steps one after the other, and keep none of their outputs."""
+    for run in runs:
+        run()
+    return []
+
+
+def idle() -> object:
+    """Take next to no time."""
+    return sum(range(1000))
+
+
+def in_turns(slots: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Return requests of one row each, in which adapters take turns."""
+    return [(slots[row % len(slots)], 1) for row in range(rows)]
+
+
+def runs_of(slots: Sequence[int], tokens: int) -> list[tuple[int, int]]:
+    """Return one request for each adapter, as equally long as can be."""
+    each, rest = divmod(tokens, len(slots))
+    return [(slot, each + (number < rest)) for number, slot in enumerate(slots)]
+
+
+def case_of(kind: str, distinct: int) -> str:
+    """Name what a row is about."""
+    return f"{kind}, {serving_counts.adapters(distinct)}"
+
+
+def kernel_case(kernel: str, names: Sequence[str], distinct: int) -> str:
+    """Name a kernel on a group of linears."""
+    return case_of(f"{kernel} of {'/'.join(names)}", distinct)
+
+
+def per_launch(timing: Timing, launches: int) -> Timing:
+    """Return the times of one of several launches."""
+    return Timing(tuple(tuple(us / launches for us in turns) for turns in timing.rounds_us))
+
+
+def launched(step: Step, device: torch.device) -> collections.Counter[str]:
+    """Return the kernels that a step launches on a CUDA device, by PyTorch's profiler."""
+    step()
+    measuring.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        measuring.synchronize(device)
+    events = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    # Copies and fills are not kernels.
+    return collections.Counter(name for name in events if not name.startswith(("Memcpy", "Memset")))
+
+
+def is_segmented(name: str) -> bool:
+    """Return whether a kernel is one of the two that multiply with adapters."""
+    modules = (segmented_shrink, segmented_expand)
+    return any(
+        name.startswith(one) for module in modules for one in vars(module) if "_kernel" in one
+    )
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """Hold rows to what was promised of them; what was not measured has no verdict."""
+    mine = [row for row in rows if row.level == "serve" and row.model == PROMISED_MODEL]
+    return [
+        *_shares(mine),
+        *_kernels(mine, [row for row in rows if row.case == "copy"]),
+        *_others(mine),
+    ]
+
+
+def _shares(rows: Sequence[Row]) -> Iterable[Verdict]:
+    limits = {
+        (provider, case_of("decode", distinct)): least
+        for launches, provider in PROVIDERS.items()
+        for distinct, least in PROMISED[launches].items()
+    }
+    limits |= {("fastlora", case_of("prefill", d)): least for d, least in PREFILL.items()}
+    for row in rows:
+        least = limits.get((row.provider, row.case))
+        if least is not None and row.rank == RANK and row.over_frozen:
+            what = f"{row.model} {row.case}, {row.tokens:,} rows, {row.timer}, {row.provider}"
+            yield Verdict(f"{what}: share of the base's speed", 1 / row.over_frozen, least, False)
+
+
+def _kernels(rows: Sequence[Row], copies: Sequence[Row]) -> Iterable[Verdict]:
+    for copy in copies[:1]:
+        us_per_gib = (copy.median_us or 0.0) / (copy.moved_gib or 1.0) / BANDWIDTH
+        for row in rows:
+            if row.case.startswith("segmented_") and row.median_us and row.moved_gib:
+                most = round(us_per_gib * row.moved_gib + LAUNCH_US, 3)
+                what = f"{row.case}, {row.tokens} rows: us of a launch"
+                yield Verdict(what, row.median_us, most, True)
+
+
+def _others(rows: Sequence[Row]) -> Iterable[Verdict]:
+    for row in rows:
+        if row.provider == "fastlora-mixed" and row.over_fastlora:
+            what = f"{row.case}, {row.tokens} rows: over the same bytes of rank {ONE_RANK}"
+            yield Verdict(what, row.over_fastlora, MIXED, True)
+        if row.case == "launches of a decoder layer" and row.launches is not None:
+            yield Verdict(f"{row.model} {row.case}", row.launches, LAUNCHES, True)
+        if row.case == "launches for metadata" and row.launches is not None:
+            yield Verdict(f"{row.model} {row.case}", row.launches, 0, True)
+
+
+class Session:
+    """One run of the part."""
+
+    def __init__(self, run: Run, sizes: Sizes) -> None:
+        self.run, self.sizes, self.device = run, sizes, run.device
+        self.dtype = torch.float16 if run.smoke else torch.bfloat16  # see DESIGN §7
+        self.on_gpu = self.device.type == "cuda"
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.failed = False
+        self._facts = facts(self.device, run.facts["commit"])
+        self._write = writer(run.out / "serve.csv")
+        self._said: set[str] = set()
+
+    # What is common to all of it.
+
+    def section(self, title: str, measure: Callable[[], None]) -> None:
+        """Measure something; whatever goes wrong with it, the rest is measured all the same."""
+        start = time.monotonic()
+        try:
+            self._stop_if_late()
+            measure()
+        except OutOfTime:
+            self.note(f"Out of time: {title}.")
+        except torch.OutOfMemoryError as error:
+            self.note(f"Too large for the memory: {title} ({str(error).partition(chr(10))[0]}).")
+        except Exception as error:  # the rest of a run must not be lost with one case
+            self.failed = True
+            self.note(f"Failed: {title} ({type(error).__name__}: {error}).")
+            self.run.say(traceback.format_exc())
+        gc.collect()  # graphs and models hold on to each other
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        for verdict in map(str, verdicts(self.rows)):
+            if verdict not in self._said:
+                self._said.add(verdict)
+                self.run.say(verdict)
+        self.run.say(f"{title}: {time.monotonic() - start:.0f} s")
+
+    def note(self, line: str) -> None:
+        """Say something that belongs beside the rows."""
+        self.notes.append(line)
+        self.run.say(line)
+
+    def add(self, timer: str = "graph", **columns: Any) -> None:
+        """Write a row."""
+        name = str(self.dtype).removeprefix("torch.")
+        row = Row(**self._facts, level="serve", dtype=name, timer=timer, **columns)
+        self.rows.append(row)
+        self._write(row)
+        us = "" if row.median_us is None else f" {row.median_us:.2f} us"
+        us += "" if row.launches is None else f" {row.launches}"
+        ratio = "" if row.to_frozen is None else f", over frozen {row.to_frozen}"
+        self.run.say(
+            f"  {row.model} {row.case}, {row.tokens} rows, {row.timer}, {row.provider}:{us}{ratio}"
+            + (f" REFUSED: {row.refused}" if row.refused else "")
+        )
+
+    def _stop_if_late(self) -> None:
+        if self.run.out_of_time():
+            raise OutOfTime
+
+    def time(self, steps: Mapping[Any, Step], turns: int | None = None) -> dict[Any, Timing]:
+        """Time steps in turn, at least five rounds; they have been run once."""
+        if self.run.smoke:  # interpreted, five rounds would take minutes and say no more
+            steps = dict.fromkeys(steps, idle)
+        return in_rounds(
+            steps,
+            self.device,
+            rounds=MIN_ROUNDS,
+            turns=turns or self.sizes.turns,
+            before_round=self._stop_if_late,
+        )
+
+    def host_us(self, step: Step) -> float | None:
+        """Return what the host takes to launch a step without a graph."""
+        return measuring.host_us(step, self.device) if self.on_gpu else None
+
+    def pool(self) -> Any:
+        """Return memory for graphs that run one after the other."""
+        return torch.cuda.graph_pool_handle() if self.on_gpu else None
+
+    def capture(self, step: Callable[[], list[Tensor]], pool: Any) -> Captured:
+        """Capture a step, if there is time."""
+        self._stop_if_late()
+        return Captured(step, self.device, pool)
+
+    def checked(
+        self,
+        served: Served,
+        step: Captured,
+        told: Sequence[tuple[Rows, Sequence[tuple[int, int]]]],
+        inputs: Sequence[Tensor],
+        row: dict[str, Any],
+    ) -> bool:
+        """Tell a captured step of its adapters and compare what it computes.
+
+        Args:
+            served: the model.
+            step: captured without any.
+            told: rows, and the requests that they are told of; first those of the layers.
+            inputs: of the layers.
+            row: columns, to which the gate is added; a row is written if the step is refused.
+        """
+        for rows, requests in told:
+            rows.tell(requests)
+        step.replay()
+        measuring.synchronize(self.device)
+        try:
+            row["gate"] = served.check(step.outputs, inputs, told[0][1])
+        except checking.WrongResult as error:
+            self.add(**row, refused=str(error))
+            return False
+        return True
+
+    # What is measured.
+
+    def roofs(self) -> None:
+        """Measure a large copy."""
+        copy, _, size, _ = measuring.copy_and_product(self.device, self.dtype)
+        self.add(
+            "eager", case="copy", provider="torch", moved_gib=size / GIB, **measuring.columns(copy)
+        )
+        self.run.say(f"  {size / copy.quantile_us(0.5) / 1e6:.2f} TB/s")
+
+    def empty(self) -> None:
+        """Measure what a launch in a graph takes that does nothing, alone and of many programs."""
+        counts = (self.sizes.empty // 10 + 1, self.sizes.empty // 10 + 1 + self.sizes.empty)
+        x = torch.zeros(1, device=self.device)
+        for programs, dependent in itertools.product((1, _MANY_PROGRAMS), (False, True)):
+            title = f"an empty launch of {programs} programs"
+            title += ", programmatic dependent" if dependent else ""
+            kernel = _empty_kernel[(programs if self.on_gpu else 1,)]
+            launch = functools.partial(kernel, x, **({"launch_pdl": True} if dependent else {}))
+            pool = self.pool()
+            try:
+                steps = [self.capture(functools.partial(repeated, launch, n), pool) for n in counts]
+            except OutOfTime:
+                raise
+            except Exception as error:  # of a Triton that has no such launches
+                self.note(f"Not measured: {title} ({type(error).__name__}: {error}).")
+                continue
+            few, many = self.time(
+                dict(zip(counts, (s.replay for s in steps), strict=True))
+            ).values()
+            us = (many.quantile_us(0.5) - few.quantile_us(0.5)) / self.sizes.empty
+            self.add(case=title, provider="triton", median_us=us, rounds=MIN_ROUNDS)
+
+    def decode(self, served: Served, slots: Sequence[int]) -> None:
+        """Measure a decode step of all linears and the head in one graph, beside the base's."""
+        for count in sorted({rows for _, rows in self.sizes.decode}):
+            inputs, pool = served.inputs(count), self.pool()
+            base = served.step(inputs, inputs[0], None, None)
+            steps: dict[Any, Captured] = {"frozen": self.capture(base, pool)}
+            about: dict[Any, dict[str, Any]] = {}
+            for (variant, context), distinct in itertools.product(
+                VARIANTS.items(), (d for d, rows in self.sizes.decode if rows == count)
+            ):
+                rows = Rows(count, served.pool)
+                row = self._about(served, case_of("decode", distinct), count, variant)
+                eager = served.step(inputs, inputs[0], rows, rows)
+                with context():
+                    step = self.capture(eager, pool)
+                    row["host_us"] = self.host_us(eager)
+                requests = in_turns(slots[:distinct], count)
+                if self.checked(served, step, [(rows, requests)], inputs, row):
+                    steps[variant, distinct], about[variant, distinct] = step, row
+            with mock.patch.object(ops, "add_adapters", empty_launches):
+                rows = Rows(count, served.pool)
+                steps["empty"] = self.capture(served.step(inputs, inputs[0], rows, rows), pool)
+            about["empty"] = self._about(served, "decode, launches that do nothing", count, "empty")
+            timings = self.time({name: step.replay for name, step in steps.items()})
+            frozen = timings.pop("frozen")
+            self.add(
+                **self._about(served, "decode", count, "frozen"),
+                host_us=self.host_us(base),
+                **measuring.columns(frozen, frozen),
+            )
+            for name, timing in timings.items():
+                self.add(**about[name], **measuring.columns(timing, frozen))
+
+    def _about(self, served: Served, case: str, tokens: int, provider: str) -> dict[str, Any]:
+        return {
+            "model": served.model.name,
+            "case": case,
+            "tokens": tokens,
+            "rank": RANK,
+            "provider": provider,
+        }
+
+    def prefill(self, served: Served, slots: Sequence[int], tokens: int) -> None:
+        """Measure a prefill, in a graph and eagerly, beside the base model's."""
+        inputs, pool = served.inputs(tokens), self.pool()
+        # Of a prompt only the last token's logits are wanted.
+        heads = {distinct: inputs[0][:distinct] for distinct in self.sizes.distinct}
+        base = served.step(inputs, inputs[0][:1], None, None)
+        steps: dict[Any, Step] = {
+            ("graph", 0): self.capture(base, pool).replay,
+            ("eager", 0): base,
+        }
+        about: dict[Any, dict[str, Any]] = {
+            (timer, 0): self._about(served, "prefill", tokens, "frozen") | {"timer": timer}
+            for timer in ("graph", "eager")
+        }
+        for distinct, head in heads.items():
+            row = self._about(served, case_of("prefill", distinct), tokens, "fastlora")
+            rows, logits = Rows(tokens, served.pool), Rows(distinct, served.pool)
+            eager = served.step(inputs, head, rows, logits)
+            step = self.capture(eager, pool)
+            requests = runs_of(slots[:distinct], tokens)
+            ends = [(slot, 1) for slot in slots[:distinct]]
+            if self.checked(served, step, [(rows, requests), (logits, ends)], inputs, row):
+                steps["graph", distinct], steps["eager", distinct] = step.replay, eager
+                about["graph", distinct] = row | {"timer": "graph"}
+                about["eager", distinct] = row | {"timer": "eager"}
+        timings = self.time(steps, max(1, self.sizes.turns // 4))
+        for key, timing in timings.items():
+            self.add(**about[key], **measuring.columns(timing, timings[key[0], 0]))
+
+    def kernels(self, served: Served, slots: Sequence[int]) -> None:
+        """Measure each kernel on each group, all layers in one graph."""
+        for distinct, count in self.sizes.decode:
+            rows = Rows(count, served.pool)
+            rows.tell(in_turns(slots[:distinct], count))
+            batch = Batch.of(distinct, count)
+            for names, x in zip(GROUPS, served.inputs(count), strict=True):
+                linears = [served.model.linears[name] for name in names]
+                runs, h = self.halves(served, names, x, rows, served.pool.rank_ceiling)
+                table = rows.segments
+                tiles = Tiles(table.tiles.shape[1], table.block_m) if count > ROWS_ALONE else None
+                planes, size = h.shape[0], self.dtype.itemsize
+                ns = tuple(one.n for one in linears)
+                moved = {
+                    "segmented_shrink": serving_counts.shrink_bytes(
+                        batch, len(names), linears[0].k, planes, size, tiles
+                    ),
+                    "segmented_expand": serving_counts.expand_bytes(batch, ns, planes, size, tiles),
+                }
+                pool = self.pool()
+                graphs = {name: self.capture(run, pool).replay for name, run in runs.items()}
+                for name, timing in self.time(graphs).items():
+                    read, written = moved[name]
+                    self.add(
+                        **self._about(
+                            served, kernel_case(name, names, distinct), count, "fastlora"
+                        ),
+                        n=sum(ns),
+                        k=linears[0].k,
+                        moved_gib=(sum(read.values()) + sum(written.values())) / GIB,
+                        **measuring.columns(per_launch(timing, served.model.layers)),
+                    )
+
+    def halves(
+        self, served: Served, names: tuple[str, ...], x: Tensor, rows: Rows, max_rank: int
+    ) -> tuple[dict[str, Callable[[], list[Tensor]]], Tensor]:
+        """Return both kernels on a group of every layer, and an h of the first.
+
+        Outputs and h are of one layer: in a model the launch before has just written them.
+        """
+        pool = served.pool
+        tables = [
+            pool.descriptors[group.first : group.first + len(names)]
+            for group in served.groups[names]
+        ]
+        ys = [
+            torch.zeros(len(x), served.model.linears[name].n, dtype=self.dtype, device=self.device)
+            for name in names
+        ]
+
+        def shrinks() -> list[Tensor]:
+            for table in tables:
+                h = segmented_shrink.segmented_shrink(
+                    x, pool.arena, table, rows.segments, max_rank=max_rank
+                )
+            return [h]
+
+        (h,) = shrinks()
+
+        def expands() -> list[Tensor]:
+            for table in tables:
+                segmented_expand.segmented_expand(ys, h, pool.arena, table, rows.segments)
+            return []
+
+        return {"segmented_shrink": shrinks, "segmented_expand": expands}, h
+
+    def ranks(self, served: Served) -> None:
+        """Measure adapters of mixed ranks beside the same bytes of one rank."""
+        each = OF_MIXED // len(MIXED_RANKS)
+        mixed = [served.load(f"rank-{rank}", each, rank) for rank in MIXED_RANKS]
+        # In turns, so that neighbours differ.
+        loaded = {
+            "fastlora-mixed": [slot for slots in zip(*mixed, strict=True) for slot in slots],
+            "fastlora": served.load("one-rank", OF_MIXED, ONE_RANK),
+        }
+        ceilings = {"fastlora-mixed": max(MIXED_RANKS), "fastlora": ONE_RANK}
+        for count in sorted({rows for distinct, rows in self.sizes.decode if distinct > 1}):
+            graphs: dict[str, Step] = {}
+            gates: dict[str, float] = {}
+            pool = self.pool()
+            for provider, slots in loaded.items():
+                requests = in_turns(slots, count)
+                rows = Rows(count, served.pool)
+                rows.tell(requests)
+                runs: list[Callable[[], list[Tensor]]] = []
+                for names, x in zip(GROUPS, served.inputs(count), strict=True):
+                    gate = self.gate_of(served, names, x, rows, requests, ceilings[provider])
+                    gates[provider] = max(gates.get(provider, 0.0), gate)
+                    halves, _ = self.halves(served, names, x, rows, ceilings[provider])
+                    runs += halves.values()
+                graphs[provider] = self.capture(functools.partial(together, runs), pool).replay
+            timings = self.time(graphs)
+            for provider, timing in timings.items():
+                ranks = MIXED_RANKS if provider == "fastlora-mixed" else (ONE_RANK,)
+                shown = " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)}))
+                about = self._about(
+                    served, f"{case_of('kernels', OF_MIXED)} of rank {shown}", count, provider
+                )
+                self.add(
+                    **about | {"rank": ONE_RANK, "gate": gates[provider]},
+                    **measuring.columns(timing, None, timings["fastlora"]),
+                )
+
+    def gate_of(
+        self,
+        served: Served,
+        names: tuple[str, ...],
+        x: Tensor,
+        rows: Rows,
+        requests: Sequence[tuple[int, int]],
+        max_rank: int,
+    ) -> float:
+        """Compare both kernels on a group of the last layer with a loop over the adapters."""
+        pool, group = served.pool, served.groups[names][-1]
+        table = pool.descriptors[group.first : group.first + len(names)]
+        before = [torch.randn(len(x), served.model.linears[name].n) for name in names]
+        before = [y.to(self.device, self.dtype) for y in before]
+        ys = [y.clone() for y in before]
+        h = segmented_shrink.segmented_shrink(
+            x, pool.arena, table, rows.segments, max_rank=max_rank
+        )
+        segmented_expand.segmented_expand(ys, h, pool.arena, table, rows.segments)
+        return max(
+            served.compare(name, group.first + s, x, y, old.clone(), old.double(), requests)
+            for s, (name, y, old) in enumerate(zip(names, ys, before, strict=True))
+        )
+
+    def launches(self, served: Served, slots: Sequence[int]) -> None:
+        """Count what adapters add to the launches of a decoder layer."""
+        if not self.on_gpu:
+            self.note("Launches are counted on a GPU (without one: make counts).")
+            return
+        distinct, count = self.sizes.decode[-1]
+        inputs, rows = served.inputs(count), Rows(count, served.pool)
+        rows.tell(in_turns(slots[:distinct], count))
+        bare = launched(served.step(inputs, None, None, None), self.device)
+        ours = launched(served.step(inputs, None, rows, rows), self.device)
+        added = ours.copy()
+        added.subtract(bare)
+        others = {name: n for name, n in added.items() if n and not is_segmented(name)}
+        per_layer = sum(added.values()) / served.model.layers
+        for case, found in (
+            ("launches of a decoder layer", math.ceil(per_layer)),
+            ("launches for metadata", sum(others.values())),
+        ):
+            about = self._about(served, case, count, "fastlora")
+            self.add("eager", **about, launches=found)
+        self.run.say(f"  added, all layers: {dict(added)}; beside the adapters' kernels: {others}")
+
+    def peft(self, served: Served, slots: Sequence[int]) -> None:
+        """Measure one decoder layer beside peft's ``adapter_names=``, eagerly."""
+        from peft import LoraConfig, get_peft_model
+
+        distinct, count = max(pair for pair in self.sizes.decode if pair[0] <= OF_MIXED)
+        inputs, rows = served.inputs(count), Rows(count, served.pool)
+        requests = in_turns(slots[:distinct], count)
+        rows.tell(requests)
+        first: Any = served.module.layers[0]
+        linears = {}
+        for name, shape in served.model.linears.items():
+            routed: Any = served.module.get_submodule(path_of(0, name))
+            linears[name] = nn.Linear(shape.k, shape.n, shape.has_bias, device="meta")
+            linears[name].weight, linears[name].bias = routed.weight, routed.bias
+        config = LoraConfig(r=RANK, target_modules=list(NAMES), init_lora_weights=False)
+        model: Any = get_peft_model(
+            DecoderLayer(linears), config, adapter_name="a0", autocast_adapter_dtype=False
+        )
+        for number in range(1, distinct):
+            model.add_adapter(f"a{number}", config)
+        model.to(self.device, self.dtype).eval()
+        names = [f"a{row % distinct}" for row in range(count)]
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(model.base_model._enable_peft_forward_hooks(adapter_names=names))
+
+            def ours() -> object:
+                batch = RowsOfTokens(rows.segments, rows.segments, served.pool.rank_ceiling)
+                with served.routing.batch(batch):
+                    return first(*inputs)
+
+            steps: dict[str, Step] = {
+                "frozen": lambda: first(*inputs),
+                "peft": lambda: model.base_model.model(*inputs),
+                "fastlora": ours,
+            }
+            for step in steps.values():
+                step()
+            timings = self.time(steps)
+        for name, timing in timings.items():
+            about = self._about(served, case_of("decode of one layer", distinct), count, name)
+            found = measuring.columns(timing, timings["frozen"], timings["fastlora"])
+            self.add("eager", **about, **found)
+
+    def engine(self) -> None:
+        """Measure ``Engine`` with adapters beside the same without, end to end."""
+        from fastlora.serving import batching
+
+        reason = batching.unsupported_reason()
+        if reason is not None:
+            self.note(f"Engine was not measured: {reason}.")
+            return
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        model, (count, length, new) = self.sizes.engine, self.sizes.requests
+        torch.manual_seed(0)
+        # On a CPU it runs on PyTorch's operations, as it does for its users there.
+        dtype = self.dtype if self.on_gpu else torch.float32
+        with torch.device(self.device):
+            base: Any = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**model.config), dtype=dtype
+            )
+        distinct = min(OF_MIXED, count)
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(model.config["vocab_size"], (count, length), generator=generator)
+        named: dict[str, Sequence[str | None]] = {
+            "fastlora": [f"a{number % distinct}" for number in range(count)],
+            "frozen": [None] * count,
+        }
+        taken: dict[str, list[float]] = {provider: [] for provider in named}
+        with (
+            tempfile.TemporaryDirectory() as name,
+            fastlora.backend("auto"),
+            fastlora.Engine(base) as engine,
+        ):
+            save_adapter(Path(name), adapted(engine.adapters), RANK, dtype)
+            for number in range(distinct):
+                engine.adapters.load(f"a{number}", name)
+
+            def generate(provider: str) -> float:
+                self._stop_if_late()
+                start = time.perf_counter()
+                results = engine.generate(
+                    prompts.tolist(),
+                    adapter=named[provider],
+                    max_new_tokens=new,
+                    ignore_eos=True,
+                    progress=False,
+                )
+                seconds = time.perf_counter() - start
+                assert not any(result.error for result in results)
+                made = sum(len(result.token_ids) for result in results)
+                assert made == count * new, f"{made} tokens of {count * new}"
+                return seconds
+
+            for provider in named:
+                generate(provider)  # compiles, and captures its graphs
+            for number in range(MIN_ROUNDS):
+                for provider in list(named) if number % 2 else list(reversed(named)):
+                    taken[provider].append(generate(provider))
+            self.run.say(f"  {_described(engine)}")
+        timings = {
+            provider: Timing(tuple((1e6 * one,) for one in seconds))
+            for provider, seconds in taken.items()
+        }
+        for provider, timing in timings.items():
+            us = timing.quantile_us(0.5)
+            self.add(
+                "wall",
+                model=model.name,
+                case=case_of(f"engine, {count} requests", distinct),
+                tokens=count,
+                rank=RANK,
+                provider=provider,
+                tokens_per_s=count * new / us * 1e6,
+                **measuring.columns(timing, timings["frozen"]),
+            )
+            self.run.say(f"  {provider}: {count * new / us * 1e6:,.0f} tokens/s")
+
+
+def _described(engine: Any) -> str:
+    """Say how an engine ran, as far as transformers tells."""
+    manager = engine._manager
+    config = manager.continuous_batching_config
+    return (
+        f"attention {engine.model.config._attn_implementation}, CUDA graphs "
+        f"{config.use_cuda_graph}, asynchronous {config.use_async_batching}"
+    )
+
+
+def run_serve(run: Run) -> int:
+    """Measure the part; returns 1 if a promise is not kept, or something is wrong or failed."""
+    # A device that hangs writes no line: the clock does not wait for one.
+    faulthandler.dump_traceback_later(run.seconds_left() + 20, exit=True, file=run.log_file)
+    try:
+        with fastlora.backend("fused") if run.smoke else nullcontext():
+            return _run(run)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _run(run: Run) -> int:
+    session = Session(run, SMOKE if run.smoke else SIZES)
+    plans.check_device(run.device)
+    run.say(plans.describe(run.device))
+    wrong = plans.segmented_reason(run.device)
+    run.say(f"segmented kernels: {wrong or 'right on a small problem'}")
+    session.section("copy", session.roofs)
+    session.section("empty launches", session.empty)
+    for number, model in enumerate(session.sizes.models):
+        session.section(model.name, functools.partial(_measure, session, model, number == 0))
+        if number == 0:
+            session.section("engine", session.engine)
+    write_about(run.out, "make gpu PART=serve OUT=folder", session.notes)
+    found = verdicts(session.rows)
+    missed = [verdict for verdict in found if not verdict.is_kept]
+    run.say(f"\n{len(found) - len(missed)} of {len(found)} promises kept")
+    for verdict in missed:
+        run.say(str(verdict))
+    bad = session.failed or missed or any(row.refused for row in session.rows)
+    return 1 if bad and not run.smoke else 0
+
+
+def _measure(session: Session, model: Model, everything: bool) -> None:
+    """Measure a model: all that there is of the first, and of others what is promised of it."""
+    most = max(distinct for distinct, _ in session.sizes.decode)
+    loaded = [(most, RANK)]
+    if everything:
+        each = OF_MIXED // len(MIXED_RANKS)
+        loaded += [(OF_MIXED, ONE_RANK), *((each, rank) for rank in MIXED_RANKS)]
+    served = Served(model, session.device, session.dtype, loaded)
+    slots = served.load("adapter", most, RANK)
+    session.run.say(f"{model.name}: {most} adapters of rank {RANK} loaded\n{served.pool}"[:400])
+    part = functools.partial
+    parts: list[tuple[str, Callable[[], None]]] = [
+        ("launches", part(session.launches, served, slots)),
+        ("decode", part(session.decode, served, slots)),
+    ]
+    if everything:
+        parts.append(("kernels", part(session.kernels, served, slots)))
+    parts += [
+        (f"prefill of {tokens}", part(session.prefill, served, slots, tokens))
+        for tokens in session.sizes.prefill
+    ]
+    if everything:
+        parts.append(("peft", part(session.peft, served, slots)))
+        # Last: with them the pool's launches are made for a larger rank.
+        parts.append(("ranks", part(session.ranks, served)))
+    for title, measure in parts:
+        session.section(f"{model.name}, {title}", measure)

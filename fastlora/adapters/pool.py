@@ -1,0 +1,740 @@
+"""``AdapterPool``: hundreds of adapters beside one base model, and which of them is where.
+
+    disk            a folder, read again when it is needed again
+    host memory     packed in the model's dtype, pinned where there is a GPU
+    the arena       on the model's device: what the kernels read; least recently used leaves first
+
+An adapter that a request uses is never freed, moved or overwritten, whatever is loaded or unloaded
+meanwhile: every load makes a new *version*, requests have a lease of the version that they began
+with, and the last lease of a version that has lost its name frees it. A lease keeps a version from
+being forgotten; from the device it may be taken until the lease *holds* it there, which it does
+once the request runs. So those that wait for room never keep it from one another.
+
+Weights lie in the arena as they are in the file (the scaling is not multiplied in), rank by rank
+and without padding: an adapter of rank 8 takes and moves a quarter of what one of rank 32 does. See
+S-LoRA (https://arxiv.org/abs/2311.03285) for the idea of paging rank rows.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import plans
+from fastlora.adapters.files import Adapter, AdapterError, read_adapter
+from fastlora.adapters.pages import PageAllocator, Placement
+from fastlora.discovery import sibling_names
+from fastlora.segmented import Adapters, Factors
+from fastlora.segments import PAGE, pages_of
+
+MAX_RANK = 256
+_LEAST_RANK_CEILING = 16
+_WHERE = ("device", "host", "disk")
+# By how much one linear may multiply its input; trained adapters do by 1 to 1000. Below it nothing
+# overflows in fp32 or bf16, in a model that does not by itself: with 1e4 for the norm of an input,
+# gate times up is at most 1e24 for each of some 1e4 features, and down_proj makes 1e34 of them. A
+# NaN would reach other requests, whose attention is masked by adding to the scores of all of them.
+_LARGEST_CHANGE = 1e8
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What ``AdapterPool.list`` says of an adapter.
+
+    Attributes:
+        name: that requests give.
+        source: where it was loaded from.
+        rank: the largest of its ranks.
+        targets: names of the linears that it changes.
+        bytes: that it takes on the device.
+        where: ``"device"``, ``"host"`` or ``"disk"``.
+        requests: that use it now, or wait for it.
+        pinned: stays on the device.
+        active: used by requests that name no adapter.
+    """
+
+    name: str
+    source: str
+    rank: int
+    targets: str
+    bytes: int
+    where: str
+    requests: int
+    pinned: bool
+    active: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of the model that share their input.
+
+    Attributes:
+        names: of the linears, in the order in which their parent calls them.
+        first: place of the first in the pool's tables; the others follow.
+    """
+
+    names: tuple[str, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One linear's part of an adapter: A, and then B."""
+
+    linear: int
+    rank: int
+    scaling: float
+    k: int
+    n: int
+
+
+@dataclass(eq=False)
+class _Version:
+    """One load of a name."""
+
+    name: str
+    uid: int
+    source: Path | None  # to read it again from; None for a live model
+    shown: str
+    rank: int
+    targets: str
+    fingerprint: str
+    blocks: list[_Block]
+    host: Tensor | None = None
+    slot: int = 0
+    placement: Placement | None = None
+    leases: int = 0
+    held: int = 0  # leases of requests that run: it stays where it is
+    pinned: bool = False
+    used: int = 0
+    free_from: int = 0  # the step from which on no launch reads it any more
+    named: bool = True
+
+    @property
+    def pages(self) -> list[int]:
+        """Pages of every block, A and B."""
+        return [
+            pages
+            for block in self.blocks
+            for pages in (pages_of(block.rank * block.k), pages_of(block.rank * block.n))
+        ]
+
+
+@dataclass(eq=False)
+class Lease:
+    """The right to use one version of an adapter, until it is given back.
+
+    Attributes:
+        name: of the adapter, ``None`` for the base model.
+        uid: of the version; another one for every load, also of the same name.
+    """
+
+    name: str | None
+    uid: int
+    _version: _Version | None = field(default=None, repr=False)
+    _holds: bool = field(default=False, repr=False)
+
+    @property
+    def slot(self) -> int:
+        """Its place in the tables; 0 for the base model, or while it is not on the device."""
+        version = self._version
+        return 0 if version is None else version.slot
+
+
+class AdapterPool:
+    """Many LoRA adapters next to one base model.
+
+    It is also ``engine.adapters``; printed, it is a table. All methods may be called from any
+    thread, while requests run.
+
+    Args:
+        model: the base model, without peft layers. Its linears are what adapters may target.
+        memory: of the device for adapters: bytes, or a size such as ``"2GB"`` or ``"512MiB"``.
+        host_memory: likewise of the host, for copies of adapters that spare reading them again; by
+            default as much as ``memory`` where the model is on a GPU, else none. What has to leave
+            the device and cannot be read again (it was loaded from a live peft model, or a request
+            waits for it) is kept beyond it.
+        slots: adapters on the device at once, at most ``slots - 1``.
+
+    Raises:
+        ValueError: the model has peft layers or no linears, or a size is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        memory: int | str = "2GB",
+        host_memory: int | str | None = None,
+        slots: int = 1024,
+    ) -> None:
+        linears = _linears(model)
+        weight = next(iter(linears.values())).weight
+        self.device, self.dtype = weight.device, _dtype_of(model, weight)
+        self.groups = _groups(model, linears)
+        self.names = tuple(name for group in self.groups for name in group.names)
+        self.shapes = {
+            name: (linears[name].out_features, linears[name].in_features) for name in self.names
+        }
+        self._index = {name: i for i, name in enumerate(self.names)}
+        pages = _bytes(memory) // (PAGE * self.dtype.itemsize)
+        if pages < 1 or slots < 2:
+            raise ValueError(
+                f"there is no room for an adapter: memory is {memory!r}, slots is {slots}"
+            )
+        plans.segmented_reason(self.device)  # checked now: a CUDA graph's capture could not
+        self.slots = slots
+        self.arena = torch.empty(pages * PAGE, dtype=self.dtype, device=self.device)
+        # [linears, slots, 4]: page of A, page of B, rank, bits of the fp32 scaling.
+        self.descriptors = torch.zeros(
+            (len(self.names), slots, 4), dtype=torch.int32, device=self.device
+        )
+        self.rank_ceiling = _LEAST_RANK_CEILING
+        self.grace = 0  # steps for which a batch may still be read after its requests are done
+        self._allocator = PageAllocator(pages)
+        self._free_slots = list(range(slots - 1, 0, -1))
+        self._factors: list[dict[int, Factors]] = [{} for _ in self.names]
+        # By linear, what the last batch used: in the next one of a batch that generates it is the
+        # same. Forgotten whenever a slot gets another adapter.
+        self._in_slots: dict[int, tuple[tuple[int, ...], Adapters]] = {}
+        on_gpu = self.device.type != "cpu"
+        self._host_room = (
+            _bytes(memory if on_gpu else 0) if host_memory is None else _bytes(host_memory)
+        )
+        self._versions: dict[str, _Version] = {}
+        self._by_uid: dict[int, _Version] = {}
+        self._active: str | None = None
+        self._clock = 0
+        self._step = 0
+        self._lock = threading.RLock()
+
+    # What users do.
+
+    def load(self, name: str, source: Any) -> AdapterInfo:
+        """Read an adapter, check all of it, and make it usable under a name.
+
+        A name that is taken gets the new version for requests that come from now on; those under
+        way finish with the one that they began with. It goes to the device, in the place of the
+        least recently used ones that no request uses; where these are not enough, it goes there
+        when a request needs it.
+
+        Args:
+            name: letters, digits and ``. _ - : + @``.
+            source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, a hub
+                id (``"owner/name"`` or ``"owner/name@revision"``), or a live peft model.
+
+        Returns:
+            What is known of it.
+
+        Raises:
+            AdapterError: (a ``ValueError``) it cannot be used with this model, or is too large for
+                the pool; the message says why, and nothing else was changed.
+        """
+        version = self._read(name, source)
+        with self._lock:
+            old = self._versions.get(name)
+            self._versions[name] = version
+            self._by_uid[version.uid] = version
+            if old is not None:
+                version.pinned = old.pinned
+                self._retire(old)
+            self._place(version)
+            self._trim_host()
+            return self._info(version)
+
+    def unload(self, name: str) -> None:
+        """Forget a name, at once; its memory is free when the last request that uses it is done.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        with self._lock:
+            version = self._named(name)
+            del self._versions[name]
+            if self._active == name:
+                self._active = None
+            self._retire(version)
+
+    def list(self) -> list[AdapterInfo]:
+        """Return what is known of each adapter, in the order of their loading."""
+        with self._lock:
+            return [self._info(version) for version in self._versions.values()]
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter on the device, and bring it there.
+
+        Raises:
+            KeyError: there is no such adapter.
+            RuntimeError: there is no room for it while others are pinned or in use.
+        """
+        lease = self.lease(name)
+        try:
+            if not self.make_ready(lease):
+                raise RuntimeError(self._no_room_for(lease, "is pinned or in use"))
+            with self._lock:
+                assert lease._version is not None
+                lease._version.pinned = lease._version.named
+        finally:
+            self.give_back(lease)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter leave the device again when others need its room.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        with self._lock:
+            self._named(name).pinned = False
+
+    def activate(self, name: str) -> None:
+        """Make an adapter the one of requests that name none.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        with self._lock:
+            self._active = self._named(name).name
+
+    def deactivate(self) -> None:
+        """Let requests that name no adapter use the base model, as at first."""
+        self._active = None
+
+    @property
+    def active(self) -> str | None:
+        """The adapter of requests that name none."""
+        return self._active
+
+    @property
+    def memory_total(self) -> int:
+        """Bytes of the device that are kept for adapters."""
+        return self.arena.numel() * self.dtype.itemsize
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes of them that adapters take now, also those that only requests under way know."""
+        return (self._allocator.pages - self._allocator.free) * PAGE * self.dtype.itemsize
+
+    @property
+    def host_memory_used(self) -> int:
+        """Bytes of the host that copies of adapters take now."""
+        with self._lock:
+            return sum(self._bytes_of(v) for v in self._by_uid.values() if v.host is not None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._versions
+
+    def __len__(self) -> int:
+        return len(self._versions)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._versions))
+
+    def __repr__(self) -> str:
+        rows = [("adapter", "rank", "size", "targets", "where", "requests", "")]
+        for info in self.list():
+            marks = ", ".join(
+                word for word, holds in (("active", info.active), ("pinned", info.pinned)) if holds
+            )
+            size = _size(info.bytes)
+            rows.append(
+                (
+                    info.name,
+                    str(info.rank),
+                    size,
+                    info.targets,
+                    info.where,
+                    str(info.requests),
+                    marks,
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        used, total = _size(self.memory_used), _size(self.memory_total)
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines.append(f"{used} of {total} on {self.device}, {dtype}")
+        if on_host := self.host_memory_used:
+            lines[-1] += f"; {_size(on_host)} of copies in host memory"
+        return "\n".join(lines)
+
+    # What an engine does.
+
+    def lease(self, name: str | None) -> Lease:
+        """Hold on to the version that a name has now; ``None`` is the base model.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        if name is None:
+            return Lease(None, 0)
+        with self._lock:
+            version = self._named(name)
+            version.leases += 1
+            version.used = self._tick()
+            return Lease(name, version.uid, version)
+
+    def hold(self, lease: Lease) -> bool:
+        """Keep a lease's adapter on the device until the lease ends; ``False`` if it is not there.
+
+        For the base model it is always ``True``, and nothing is held.
+        """
+        with self._lock:
+            version = lease._version
+            if version is None:
+                return True
+            if version.slot and not lease._holds:
+                lease._holds = True
+                version.held += 1
+            return lease._holds
+
+    def make_ready(self, lease: Lease) -> bool:
+        """Bring a lease's adapter to the device and hold it; ``False`` if there is no room as yet.
+
+        Raises:
+            AdapterError: it had to be read again, and that failed.
+            RuntimeError: there is no room, and will not be while what is on the device is pinned.
+        """
+        version = lease._version
+        if version is None:
+            return True
+        self._bring_to_host(version)
+        with self._lock:
+            # Somebody else may have ended the lease meanwhile.
+            if lease._version is not None and not self._place(version):
+                others = (v for v in self._by_uid.values() if v.slot)
+                if all(other.pinned for other in others):
+                    raise RuntimeError(self._no_room_for(lease, "is pinned"))
+                return False
+            self._trim_host()
+            return self.hold(lease)
+
+    def give_back(self, lease: Lease) -> None:
+        """End a lease; again, it changes nothing."""
+        with self._lock:
+            version, lease._version = lease._version, None
+            if version is None:
+                return
+            version.leases -= 1
+            if lease._holds:
+                version.held -= 1
+                version.free_from = self._step + self.grace
+            if not version.named and version.leases == 0:
+                self._retire(version)
+
+    def slot_of(self, uid: int) -> int:
+        """Return the slot of a version, 0 for the base model."""
+        version = self._by_uid.get(uid)
+        return 0 if version is None else version.slot
+
+    def advance(self) -> None:
+        """Say that a step of the engine is over: what ended ``grace`` steps ago may be freed."""
+        self._step += 1
+        if self.grace:
+            with self._lock:
+                for version in [v for v in self._by_uid.values() if not v.named and not v.leases]:
+                    self._retire(version)
+
+    def has_adapters(self, linear: int) -> bool:
+        """Return whether an adapter that is on the device changes a linear."""
+        return bool(self._factors[linear])
+
+    def in_slots(self, linear: int, slots: tuple[int, ...]) -> Adapters:
+        """Return the adapters of one linear in these slots, as views of the arena."""
+        known = self._in_slots.get(linear)
+        if known is None or known[0] != slots:
+            factors = [self._factors[linear].get(slot) for slot in slots]
+            known = self._in_slots[linear] = (slots, Adapters(factors))
+        return known[1]
+
+    # Everything below is called with the lock held, unless it says otherwise.
+
+    def _read(self, name: str, source: Any) -> _Version:
+        """Read and pack an adapter; without the lock."""
+        adapter = read_adapter(name, source, self.shapes, max_rank=MAX_RANK)
+        blocks = [
+            _Block(
+                self._index[path],
+                factors.lora_a.shape[0],
+                factors.scaling,
+                factors.lora_a.shape[1],
+                factors.lora_b.shape[0],
+            )
+            for path, factors in adapter.factors.items()
+        ]
+        for path, factors in adapter.factors.items():
+            # The largest of what is computed one after the other: x A, that times B, and scaled.
+            change = _norm(factors.lora_a) * max(
+                1.0, _norm(factors.lora_b) * max(1.0, abs(factors.scaling))
+            )
+            if not change <= _LARGEST_CHANGE:
+                raise AdapterError(
+                    f"{name}: the weights of {path} are too large: they may multiply its input by "
+                    f"{change:.0e}, and at most {_LARGEST_CHANGE:.0e} is allowed"
+                )
+        version = _Version(
+            name=name,
+            uid=secrets.randbits(62) | 1,
+            source=adapter.folder,
+            shown=adapter.source,
+            rank=adapter.rank,
+            targets=adapter.targets,
+            fingerprint=adapter.fingerprint,
+            blocks=blocks,
+        )
+        needed = sum(version.pages)
+        if needed > self._allocator.pages:
+            raise AdapterError(
+                f"{name}: it takes {_size(self._bytes_of(version))} in {self.dtype}, and the pool "
+                f"has {_size(self.memory_total)} in all: give it more (adapter_memory)"
+            )
+        version.host = self._pack(adapter, version)
+        return version
+
+    def _pack(self, adapter: Adapter, version: _Version) -> Tensor:
+        """Return an adapter as it will lie in the arena: A and B of each block, in its dtype.
+
+        fp32 weights of a model in 16 bits are rounded here, once; without the lock.
+        """
+        packed = torch.zeros(
+            sum(version.pages) * PAGE, dtype=self.dtype, pin_memory=self.device.type == "cuda"
+        )
+        at = 0
+        for path, factors in adapter.factors.items():
+            for part, what in ((factors.lora_a, "lora_A"), (factors.lora_b.t(), "lora_B")):
+                place = packed[at : at + part.numel()].view(part.shape)
+                place.copy_(part)
+                if self.dtype == torch.float16 and not bool(place.isfinite().all()):
+                    raise AdapterError(
+                        f"{version.name}: {path}.{what} has values beyond the range of float16, "
+                        "the model's dtype"
+                    )
+                at += pages_of(part.numel()) * PAGE
+        return packed
+
+    def _bring_to_host(self, version: _Version) -> None:
+        """Read an adapter again that was dropped; without the lock."""
+        with self._lock:
+            if version.slot or version.host is not None:
+                return
+        assert version.source is not None, "what cannot be read again is never dropped"
+        adapter = read_adapter(version.name, version.source, self.shapes, max_rank=MAX_RANK)
+        if adapter.fingerprint != version.fingerprint:
+            raise AdapterError(
+                f"{version.name}: {version.shown} has changed since it was loaded; load it again "
+                "to use what is there now"
+            )
+        version.host = self._pack(adapter, version)
+
+    def _place(self, version: _Version) -> bool:
+        """Put a packed adapter into the arena, in the place of idle ones if need be."""
+        if version.slot:
+            return True
+        leaving = None if version.host is None else self._who_leaves_for(version.pages)
+        if leaving is None:
+            return False
+        for each in leaving:
+            self._evict(each)
+        placement = self._allocator.place(version.pages)
+        assert placement is not None, "it was tried"
+        version.placement, version.slot = placement, self._free_slots.pop()
+        version.used = self._tick()
+        self._upload(version, placement)
+        self._in_slots = {}
+        return True
+
+    def _who_leaves_for(self, pages: Sequence[int]) -> Sequence[_Version] | None:
+        """Return the idle adapters that make room for blocks, the least recently used first.
+
+        ``None``: not even all of them do, and nobody has to leave for nothing.
+        """
+        idle = [v for v in self._by_uid.values() if v.placement and self._may_leave(v)]
+        if sum(pages) > self._allocator.free + sum(sum(v.pages) for v in idle):
+            return None
+        idle.sort(key=lambda version: version.used)
+        trial = self._allocator.copy()
+        for count in range(len(idle) + 1):
+            if (self._free_slots or count) and trial.place(pages) is not None:
+                return idle[:count]
+            for version in idle[count : count + 1]:
+                assert version.placement is not None
+                trial.give_back(version.placement)
+        return None
+
+    def _may_leave(self, version: _Version) -> bool:
+        return not (version.held or version.pinned) and version.free_from <= self._step
+
+    def _upload(self, version: _Version, placement: Placement) -> None:
+        assert version.host is not None
+        at = 0
+        for first, pages in placement.extents:
+            part = version.host[at * PAGE : (at + pages) * PAGE]
+            self.arena[first * PAGE : (first + pages) * PAGE].copy_(part, non_blocking=True)
+            at += pages
+        rows = torch.zeros((len(self.names), 4), dtype=torch.int32)
+        for i, block in enumerate(version.blocks):
+            page_a, page_b = placement.blocks[2 * i : 2 * i + 2]
+            (bits,) = struct.unpack("<i", struct.pack("<f", block.scaling))
+            rows[block.linear] = torch.tensor([page_a, page_b, block.rank, bits])
+            self._factors[block.linear][version.slot] = Factors(
+                self._view(page_a, block.rank, block.k),
+                self._view(page_b, block.rank, block.n),
+                block.scaling,
+            )
+        self.descriptors[:, version.slot] = rows.to(self.device)
+        largest = max(block.rank for block in version.blocks)
+        while self.rank_ceiling < largest:
+            self.rank_ceiling *= 2
+        if self.device.type == "cuda":
+            # Whoever uses the slot does so on another stream.
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _view(self, page: int, rows: int, columns: int) -> Tensor:
+        return self.arena[page * PAGE :][: rows * columns].view(rows, columns)
+
+    def _evict(self, version: _Version) -> None:
+        """Take an adapter from the device; what could not be read again goes to the host."""
+        assert version.placement is not None
+        wanted = version.leases or (version.named and version.source is None)
+        if wanted and version.host is None:
+            extents = version.placement.extents
+            parts = [self.arena[first * PAGE : (first + n) * PAGE] for first, n in extents]
+            version.host = torch.cat(parts).cpu()
+        self._in_slots = {}
+        for block in version.blocks:
+            del self._factors[block.linear][version.slot]
+        self.descriptors[:, version.slot].zero_()
+        self._allocator.give_back(version.placement)
+        self._free_slots.append(version.slot)
+        version.placement, version.slot = None, 0
+
+    def _retire(self, version: _Version) -> None:
+        """Let go of a version that has lost its name, as soon as nobody uses it."""
+        version.named = version.pinned = False
+        if version.leases or version.free_from > self._step:
+            return
+        if version.slot:
+            self._evict(version)
+        self._by_uid.pop(version.uid, None)
+
+    def _trim_host(self) -> None:
+        """Drop host copies beyond the room for them, the least recently used first."""
+        kept = sorted(
+            (v for v in self._by_uid.values() if v.host is not None), key=lambda v: -v.used
+        )
+        room = self._host_room
+        for version in kept:
+            room -= self._bytes_of(version)
+            # One without a slot may be the only copy, or what the holder of a lease waits for.
+            only = version.source is None or version.leases
+            if room < 0 and (version.slot or not only):
+                version.host = None
+
+    def _no_room_for(self, lease: Lease, what: str) -> str:
+        assert lease._version is not None
+        needed, total = _size(self._bytes_of(lease._version)), _size(self.memory_total)
+        return f"{lease.name} needs {needed} of {total}, and what is on the device {what}"
+
+    def _named(self, name: str) -> _Version:
+        version = self._versions.get(name)
+        if version is None:
+            known = ", ".join(self._versions) or "none"
+            raise KeyError(f"no adapter is called {name!r}; loaded are: {known}")
+        return version
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _bytes_of(self, version: _Version) -> int:
+        return sum(version.pages) * PAGE * self.dtype.itemsize
+
+    def _info(self, version: _Version) -> AdapterInfo:
+        place = 0 if version.slot else 1 if version.host is not None else 2
+        return AdapterInfo(
+            name=version.name,
+            source=version.shown,
+            rank=version.rank,
+            targets=version.targets,
+            bytes=self._bytes_of(version),
+            where=_WHERE[place],
+            requests=version.leases,
+            pinned=version.pinned,
+            active=self._active == version.name,
+        )
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"the model has peft layers ({name}): give the base model, and load the adapter "
+                "into the pool by its name"
+            )
+        if isinstance(module, nn.Linear):
+            found[name] = module
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layers")
+    return found
+
+
+def _groups(model: nn.Module, linears: dict[str, nn.Linear]) -> tuple[Group, ...]:
+    """Return the linears in groups of up to four that share their input."""
+    groups: list[tuple[str, ...]] = []
+    grouped: set[str] = set()
+    for parent_name, parent in model.named_modules():
+        prefix = f"{parent_name}." if parent_name else ""
+        children = {name for name in parent._modules if prefix + name in linears}
+        for names in sibling_names(parent, children) if len(children) > 1 else ():
+            for start in range(0, len(names), 4):
+                group = tuple(prefix + name for name in names[start : start + 4])
+                groups.append(group)
+                grouped.update(group)
+    groups += [(name,) for name in linears if name not in grouped]
+    found: list[Group] = []
+    for names in groups:
+        found.append(Group(names, sum(len(group.names) for group in found)))
+    return tuple(found)
+
+
+def _dtype_of(model: nn.Module, weight: Tensor) -> torch.dtype:
+    """Return the dtype of activations: quantized weights have another."""
+    dtype = getattr(model, "dtype", weight.dtype)
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+
+def _norm(weight: Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, (int, float)):
+        return int(size)
+    match = _SIZE.fullmatch(size.strip())
+    if match is None:
+        raise ValueError(f'a size is bytes, or such as "2GB" or "512MiB", not {size!r}')
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,1 @@
+"""Generating with many adapters: the engine, and the chat on top of it."""

@@ -1,0 +1,308 @@
+"""The linears of a base model, with the adapter of each row's own added to it.
+
+``attach`` makes every plain ``nn.Linear`` of a model one of these by its class alone: no parameter,
+no name and no other model changes, and while no batch with adapters runs they are what they were.
+Which adapter a row has is said by whoever runs the model, for one thread and one forward at a time:
+
+    with routing.batch(RowsOfSequences([1, 0, 2], table)):    # a slot for each sequence
+        model(input_ids)
+
+Linears that share their input (q, k, v; gate, up) are computed by the first of them that is called,
+so that their adapters are read in one launch forward and one back to the width of the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastlora import ops
+from fastlora.adapters.pool import AdapterPool, Group
+from fastlora.segments import Segments
+
+BATCH = "fastlora_batch"  # by this name the model's forward may be handed the batch that it runs
+
+
+class Batch:
+    """What the linears are told of the batch that runs; made anew for every forward.
+
+    Args:
+        max_rank: at least the rank of every adapter of the batch, a multiple of 16. The pool's may
+            grow while the batch runs, and all its launches are to be alike.
+    """
+
+    def __init__(self, max_rank: int) -> None:
+        self.max_rank = max_rank
+        # Of a group that has been computed, the outputs that wait to be asked for.
+        self.pending: dict[_Siblings, _Computed] = {}
+
+    def segments_for(self, tokens: int, is_head: bool) -> Segments | None:
+        """Return the metadata for an input of that many rows; ``None``: no row has an adapter.
+
+        Raises:
+            OtherRows: the input has other rows than the batch.
+        """
+        raise NotImplementedError
+
+
+class OtherRows(RuntimeError):
+    """A linear was called with other rows than the batch has."""
+
+
+class RowsOfTokens(Batch):
+    """A batch of packed tokens, as continuous batching runs it.
+
+    Args:
+        segments: of all tokens.
+        logits: of those whose logits are wanted; a model may select them before its head.
+        max_rank: see ``Batch``.
+    """
+
+    def __init__(self, segments: Segments, logits: Segments, max_rank: int) -> None:
+        super().__init__(max_rank)
+        self._segments, self._logits = segments, logits
+
+    def segments_for(self, tokens: int, is_head: bool) -> Segments | None:
+        """Return the metadata of all tokens, or for the head of those with logits."""
+        if is_head and len(self._logits.slots) == tokens:
+            return self._logits
+        rows = len(self._segments.slots)
+        if rows != tokens:
+            raise OtherRows(
+                f"a linear was called with {tokens} rows in a batch of {rows}: which adapter each "
+                "of them has is not known"
+            )
+        return self._segments
+
+
+class RowsOfSequences(Batch):
+    """A batch of sequences that are equally long, as ``generate`` runs it.
+
+    Args:
+        slots: of each sequence.
+        pool: of the adapters.
+    """
+
+    def __init__(self, slots: Sequence[int], pool: AdapterPool) -> None:
+        super().__init__(pool.rank_ceiling)
+        self._slots, self._pool = list(slots), pool
+        self._made: dict[int, Segments] = {}
+
+    def segments_for(self, tokens: int, is_head: bool) -> Segments | None:
+        """Return the metadata of an input with as many rows for each sequence."""
+        if not any(self._slots):
+            return None
+        each, rest = divmod(tokens, len(self._slots))
+        if rest:
+            raise OtherRows(
+                f"a linear was called with {tokens} rows in a batch of {len(self._slots)} sequences"
+            )
+        if each not in self._made:
+            requests = [(slot, each) for slot in self._slots]
+            pool = self._pool
+            self._made[each] = Segments.of(requests, table=pool.slots, device=pool.device)
+        return self._made[each]
+
+
+class Routing:
+    """Tells the linears of one model which batch runs in this thread."""
+
+    def __init__(self, pool: AdapterPool) -> None:
+        self.pool = pool
+        self._local = threading.local()
+
+    @property
+    def current(self) -> Batch | None:
+        """The batch that runs in this thread."""
+        batch: Batch | None = getattr(self._local, "batch", None)
+        return batch
+
+    def begin(self, batch: Batch | None) -> None:
+        """Let this thread run a batch, ``None`` for the base model, until ``end``."""
+        before: list[Batch | None] = self._local.__dict__.setdefault("before", [])
+        before.append(self.current)
+        self._local.batch = batch
+
+    def end(self) -> None:
+        """Go back to what this thread ran before."""
+        batch = self.current
+        self._local.batch = self._local.before.pop()
+        if batch is not None and batch is not self.current:
+            batch.pending.clear()
+
+    @contextmanager
+    def batch(self, batch: Batch | None) -> Iterator[None]:
+        """Run a batch inside the ``with`` block; ``None`` for the base model."""
+        self.begin(batch)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Begin the batch that the model's forward is handed, or go on with this thread's."""
+        self.begin(kwargs.pop(BATCH, self.current))
+        return args, kwargs
+
+    def leave(self, model: nn.Module, args: Any, output: Any) -> None:
+        """End the batch of the model's forward."""
+        self.end()
+
+    def add_adapters(
+        self, group: Group, ys: Sequence[Tensor], x: Tensor, segments: Segments, max_rank: int
+    ) -> None:
+        """Add every row's low-rank term to the outputs of a group, in place."""
+        pool, width = self.pool, x.shape[-1]
+        descriptors = pool.descriptors[group.first : group.first + len(ys)]
+        ops.add_adapters(
+            [y.view(-1, y.shape[-1]) for y in ys],
+            x.reshape(-1, width),
+            pool.arena,
+            descriptors,
+            segments,
+            max_rank=max_rank,
+            adapters=lambda s, slots: pool.in_slots(group.first + s, slots),
+        )
+
+
+class _Computed(NamedTuple):
+    """Outputs of a group for one input, that nobody may have changed since."""
+
+    x: Tensor
+    version: int
+    outputs: dict[nn.Module, Tensor]
+
+    def fits(self, layer: nn.Module, x: Tensor) -> bool:
+        return x is self.x and x._version == self.version and layer in self.outputs
+
+
+class _Siblings:
+    """The linears of one group, in a model."""
+
+    def __init__(self, routing: Routing, group: Group, members: Sequence[nn.Module]) -> None:
+        self.routing, self.group, self.members = routing, group, tuple(members)
+
+    def output_of(self, layer: nn.Module, x: Tensor, batch: Batch) -> Tensor:
+        # An inference tensor does not say whether it was changed.
+        together = len(self.members) > 1 and not x.is_inference()
+        computed = batch.pending.get(self) if together else None
+        if computed is not None and computed.fits(layer, x):
+            y = computed.outputs.pop(layer)
+            if not computed.outputs:
+                del batch.pending[self]
+            return y
+        at = self.members.index(layer)
+        try:
+            is_head = "fastlora_is_head" in layer.__dict__
+            segments = batch.segments_for(x.numel() // x.shape[-1], is_head)
+        except OtherRows:
+            # Of experts for example, which are called with some of the tokens.
+            if self.routing.pool.has_adapters(self.group.first + at):
+                raise
+            segments = None
+        if segments is None:
+            return _linear(layer, x)
+        members, group = self.members, self.group
+        if not together:
+            members, group = (layer,), Group((group.names[at],), group.first + at)
+        ys = [_linear(member, x) for member in members]
+        self.routing.add_adapters(group, ys, x, segments, batch.max_rank)
+        outputs = dict(zip(members, ys, strict=True))
+        y = outputs.pop(layer)
+        if together:
+            batch.pending[self] = _Computed(x, x._version, outputs)
+        return y
+
+
+class RoutedLinear(nn.Linear):
+    """A linear whose rows may have adapters; without a batch it is an ``nn.Linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``[..., K]`` to ``[..., N]``."""
+        siblings: _Siblings = self.__dict__["fastlora_siblings"]
+        batch = siblings.routing.current
+        if batch is None:
+            return functional.linear(input, self.weight, self.bias)
+        return siblings.output_of(self, input, batch)
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    if type(layer) is RoutedLinear:
+        return functional.linear(x, layer.weight, layer.bias)
+    y: Tensor = layer.__dict__["fastlora_forward"](x)
+    return y
+
+
+def attach(model: nn.Module, pool: AdapterPool) -> Routing:
+    """Route a model's linears through a pool, until ``detach``.
+
+    A subclass of ``nn.Linear`` (a quantized one) keeps its class, and has its ``forward`` replaced
+    on the object; so does one whose ``forward`` somebody has replaced on the object (accelerate's
+    hooks).
+
+    Args:
+        model: the base model that the pool was made for.
+        pool: of its adapters.
+
+    Returns:
+        What says which batch runs.
+
+    Raises:
+        ValueError: another engine has the model already.
+    """
+    routing = Routing(pool)
+    modules = dict(model.named_modules())
+    if any("fastlora_siblings" in module.__dict__ for module in modules.values()):
+        raise ValueError("another engine runs on this model: close that one first")
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    for group in pool.groups:
+        members = [modules[name] for name in group.names]
+        siblings = _Siblings(routing, group, members)
+        for member in members:
+            member.__dict__["fastlora_siblings"] = siblings
+            if member is head:
+                member.__dict__["fastlora_is_head"] = True
+            if type(member) is nn.Linear and "forward" not in member.__dict__:
+                member.__class__ = RoutedLinear
+            else:
+                _replace_forward(member)
+    return routing
+
+
+def _replace_forward(layer: nn.Module) -> None:
+    siblings: _Siblings = layer.__dict__["fastlora_siblings"]
+    layer.__dict__["fastlora_own_forward"] = layer.__dict__.get("forward")
+    before = layer.__dict__["fastlora_forward"] = layer.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        batch = siblings.routing.current
+        if batch is None or args or kwargs:
+            y: Tensor = before(x, *args, **kwargs)
+            return y
+        return siblings.output_of(layer, x, batch)
+
+    layer.__dict__["forward"] = forward
+
+
+def detach(model: nn.Module) -> None:
+    """Make a model's linears what they were."""
+    for module in model.modules():
+        own = module.__dict__
+        if own.pop("fastlora_siblings", None) is None:
+            continue
+        own.pop("fastlora_is_head", None)
+        if own.pop("fastlora_forward", None) is not None:
+            del own["forward"]
+            if (forward := own.pop("fastlora_own_forward")) is not None:
+                own["forward"] = forward
+        if type(module) is RoutedLinear:
+            cast(nn.Module, module).__class__ = nn.Linear

@@ -1,0 +1,304 @@
+"""What only a GPU proves of serving: bf16, real sizes, graphs told of their adapters afterwards.
+
+Small cases of both kernels, in every dtype, are in ``test_kernels_segmented.py`` and
+``test_kernels_paged_attention.py``, which take the GPU when there is one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import serving
+import torch
+from kernel_cases import DTYPES, assert_kernel_as_accurate, doubles, randn
+from segment_cases import apply_adapters, make_adapters, store
+from serving import Captured, Rows, Served
+from test_gpu import CUDA, SMALL
+from test_kernels_paged_attention import make_batch
+
+from fastlora import ops, plans
+from fastlora.bench import measuring
+from fastlora.bench.shapes import MODELS, Model
+from fastlora.segments import Segments
+from fastlora.serving import attention, batching
+
+pytestmark = pytest.mark.gpu
+
+BF16 = torch.bfloat16
+LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def checked():
+    """The check of a device reads results back: it is over before anything is counted."""
+    if torch.cuda.is_available():
+        assert plans.segmented_reason(CUDA) == ""
+
+
+# The ranks of six adapters in each of three siblings: equal ones, mixed ones, and missing linears.
+RANKS = ((0, 0, 0), (16, 16, 16), (8, 64, 5), (0, 32, 0), (64, 64, 64), (16, 0, 1), (1, 8, 24))
+# In and out features of linears that share their input.
+SHAPES = {
+    "q, k, v of 7B": (3584, (3584, 512, 512)),
+    "gate, up of 0.5B": (896, (4864, 4864)),
+    "down of 0.5B": (4864, (896,)),
+    "odd": (1001, (515, 77)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [16, 64, 1000])  # one for each kind of tile
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_kernels_are_as_accurate_as_torch(shape, rows, dtype):
+    k, ns = shape
+    adapters = make_adapters([ranks[: len(ns)] for ranks in RANKS], k, ns, dtype)
+    arena, descriptors = store(adapters, dtype)
+    slots = torch.randint(len(RANKS), (rows,)).tolist()
+    x, ys = randn(rows, k, dtype=dtype), [randn(rows, n, dtype=dtype) for n in ns]
+    _, exact = apply_adapters(x.double(), doubles(*ys), adapters, slots)
+    _, native = apply_adapters(x, ys, adapters, slots)
+    made = Segments.of_slots(slots, table=len(RANKS), device=x.device)
+    metadata = (made.slots, made.order, made.tiles, made.block_m)
+    ops.segmented_add(ys, x, arena, descriptors, *metadata, 64)
+    for s, results in enumerate(zip(ys, native, exact, strict=True)):
+        assert_kernel_as_accurate(*results, name=f"y {s}")
+
+
+def small(adapters):
+    """Return a model of three layers and the slots of some of its adapters, of rank 16 and 64."""
+    model = Model("small", SMALL, LAYERS, {"vocab_size": 1000, "hidden_size": 512})
+    model = Served(model, CUDA, BF16, [(adapters, 16), (3, 64), (1, 16)])
+    slots = model.load("small", adapters, 16) + model.load("large", 3, 64)
+    return model, slots
+
+
+def captured(model, tokens):
+    """Capture a step while no row has an adapter."""
+    inputs, rows = model.inputs(tokens), Rows(tokens, model.pool)
+    step = model.step(inputs, inputs[0], rows, rows)
+    return Captured(step, CUDA, torch.cuda.graph_pool_handle()), rows, inputs, step
+
+
+def batches_of(slots, tokens):
+    """Return requests of many kinds for so many tokens."""
+    one, *others = slots
+    return {
+        "one adapter": [(one, tokens)],
+        "all in turn": serving.in_turns(slots, tokens),
+        "none": [(0, tokens)],
+        "long runs": serving.runs_of([*others, 0][:tokens], tokens),
+        "one row of many": [(0, tokens - 1), (one, 1)],
+        "with rows of the base": serving.in_turns([0, *others, one, 0], tokens),
+    }
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 256, 257, 1024])
+def test_a_graph_captured_without_adapters_is_right_for_every_later_batch(tokens):
+    model, slots = small(20)
+    step, rows, inputs, _ = captured(model, tokens)
+    bare = Captured(model.step(inputs, inputs[0], None, None), CUDA, None)
+    for title, requests in batches_of(slots, tokens).items():
+        rows.tell(requests)
+        bare.replay()  # somebody else's work in between
+        step.replay()
+        torch.cuda.synchronize()
+        assert model.check(step.outputs, inputs, requests) <= 1, title
+
+
+def test_without_adapters_every_bit_is_the_base_model_s():
+    model, _ = small(2)
+    for tokens in (16, 64, 512):
+        step, _, inputs, _ = captured(model, tokens)
+        bare = Captured(lambda x=inputs: model.module(x, None, model.checked), CUDA, None)
+        for each in (step, bare):
+            each.replay()
+        assert all(map(torch.equal, step.outputs, bare.outputs))
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 1024])
+def test_a_replayed_graph_has_the_bits_of_an_eager_step(tokens):
+    model, slots = small(5)
+    step, rows, _, eager = captured(model, tokens)
+    rows.tell(serving.in_turns(slots, tokens))
+    results = []
+    for _ in range(2):
+        step.replay()
+        results.append([y.clone() for y in step.outputs])
+    for outputs in (results[1], eager()):
+        assert all(map(torch.equal, outputs, results[0]))
+
+
+def test_an_adapter_that_is_loaded_later_is_served_by_the_same_graph():
+    model, slots = small(4)
+    step, rows, inputs, _ = captured(model, 64)
+    for late in (model.load("late", 1, 16), slots):
+        requests = serving.in_turns([*late, slots[0]], 64)
+        rows.tell(requests)
+        step.replay()
+        torch.cuda.synchronize()
+        assert model.check(step.outputs, inputs, requests) <= 1
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 1024])
+def test_nothing_waits_for_the_device(tokens):
+    model, slots = small(4)
+    inputs, rows = model.inputs(tokens), Rows(tokens, model.pool)
+    rows.tell(serving.in_turns(slots, tokens))
+    step = model.step(inputs, inputs[0], rows, rows)
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 1024])
+def test_a_layer_takes_eight_launches_and_none_for_metadata(tokens, monkeypatch):
+    monkeypatch.undo()  # to poison what is allocated is a launch, too
+    model, slots = small(4)
+    inputs, rows = model.inputs(tokens), Rows(tokens, model.pool)
+    rows.tell(serving.in_turns(slots, tokens))
+    ours = serving.launched(model.step(inputs, None, rows, rows), CUDA)
+    ours.subtract(serving.launched(model.step(inputs, None, None, None), CUDA))
+    added = {name: count for name, count in ours.items() if count}
+    assert all(map(serving.is_segmented, added)), added
+    assert sum(added.values()) == 8 * LAYERS, added
+
+
+def test_results_do_not_depend_on_the_stream():
+    model, slots = small(4)
+    inputs, rows = model.inputs(64), Rows(64, model.pool)
+    rows.tell(serving.in_turns(slots, 64))
+    step = model.step(inputs, inputs[0], rows, rows)
+    results = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            results.append(step())
+    torch.cuda.synchronize()
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_layers_of_a_real_model_are_right_with_64_adapters():
+    qwen = MODELS["Qwen2.5-7B"]
+    model = Served(Model(qwen.name, qwen.linears, 2, qwen.config), CUDA, BF16, [(64, 16)])
+    slots = model.load("adapter", 64, 16)
+    for tokens in (16, 64, 256, 2048):
+        step, rows, inputs, _ = captured(model, tokens)
+        requests = serving.in_turns(slots, tokens)
+        rows.tell(requests)
+        step.replay()
+        torch.cuda.synchronize()
+        assert model.check(step.outputs, inputs, requests) <= 1
+
+
+# Cached tokens and queries of each sequence.
+SEQUENCES = {
+    "generation": [(17 * i + 1, 1) for i in range(16)],
+    "one-long-sequence": [(6000, 1)],
+    "prompts": [(0, 700), (0, 1), (0, 65)],
+    "prompts-and-generation": [(0, 300), (1500, 1), (256, 33), (257, 1), (0, 2)],
+}
+HEADS = [
+    pytest.param((14, 2, 64), BF16, id="0.5B"),
+    pytest.param((32, 8, 128), BF16, id="8B"),
+    *(pytest.param((28, 4, 128), *dtype.values, id=f"7B-{dtype.id}") for dtype in DTYPES),
+]
+
+
+@pytest.mark.parametrize(("heads", "dtype"), HEADS)
+@pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
+def test_paged_attention_is_as_accurate_as_sdpa(sequences, heads, dtype):
+    names = dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
+    batch = make_batch(sequences, dtype=dtype, padding=(2, 5), **names)
+    assert torch.equal(batch.check("places", config=None), batch.check("pages", config=None))
+
+
+@pytest.mark.parametrize("window", [64, 1000])
+def test_paged_attention_with_a_window_is_as_accurate_as_sdpa(window):
+    sequences = [(0, 300), (1500, 1), (256, 33)]
+    batch = make_batch(sequences, heads=28, kv_heads=4, head_dim=128, dtype=BF16)
+    batch.check(window=window, config=None)
+
+
+# What is imported below is not there in every transformers that a GPU host may have.
+
+
+@pytest.fixture
+def continuous_batching():
+    reason = batching.unsupported_reason()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    from serving_models import Judge
+
+    return Judge(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.mark.usefixtures("continuous_batching")
+@pytest.mark.parametrize("tables", [0, 64], ids=["places", "pages"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_graphs_and_asynchronous_batches_on_our_attention_say_what_generate_says(family, tables):
+    from test_serving_attention import generated, model_of, prompts_of, served
+
+    model, prompts = model_of(family).to(CUDA), prompts_of((1, 5, 23, 9, 40, 17))
+    with CUDA:
+        expected = generated(model, prompts)
+    with attention.installed(model):
+        for asynchronous in (False, True):
+            got, _ = served(
+                model, prompts, tables=tables, use_cuda_graph=True,
+                use_async_batching=asynchronous,
+            )  # fmt: skip
+            assert got == expected
+
+
+@pytest.mark.usefixtures("continuous_batching")
+def test_an_engine_with_graphs_and_asynchronous_batches_says_what_one_without_says(judge):
+    """Token for token, in fp32; what peft says on a CPU is what both say."""
+    from serving_models import SPECS, ask, engine_of, prompts_of, served_model
+
+    names = [*SPECS, None, *SPECS, None]
+    prompts = prompts_of(*(7 * i % 41 + 1 for i in range(len(names))))
+    expected = judge.answers(prompts, names, 12)
+    for graphs in (False, True):
+        settings = {"use_cuda_graph": graphs, "use_async_batching": graphs}
+        with engine_of(served_model().to(CUDA), judge.folders, **settings) as engine:
+            # Graphs of several sizes, and each of them replayed.
+            for count in (len(names), 3, 1, len(names)):
+                assert ask(engine, prompts[:count], names[:count], 12) == expected[:count]
+            used = engine._manager.continuous_batching_config
+            assert (any(used.cuda_graph_booleans), used.use_async_batching) == (graphs, graphs)
+
+
+@pytest.mark.usefixtures("continuous_batching")
+def test_an_engine_s_graphs_serve_adapters_that_were_loaded_after_their_capture(judge):
+    from serving_models import SPECS, ask, engine_of, prompts_of, served_model
+
+    names, prompts = list(SPECS), prompts_of(9, 12, 31, 4)
+    expected = judge.answers(prompts, names, 8)
+    settings = {"use_cuda_graph": True, "use_async_batching": True}
+    with engine_of(served_model().to(CUDA), None, **settings) as engine:
+        ask(engine, prompts, None, 8)  # captured without any adapter
+        for name in names:
+            engine.adapters.load(name, judge.folders[name])
+        assert ask(engine, prompts, names, 8) == expected
+        engine.adapters.unload(names[0])
+        engine.adapters.load("again", judge.folders[names[1]])
+        assert ask(engine, prompts[1:2], ["again"], 8) == expected[1:2]
+
+
+def test_a_captured_step_has_its_time_measured_in_turn_with_the_base_s():
+    """The measuring itself: shares above 1 would mean that something was not run."""
+    model, slots = small(4)
+    step, rows, inputs, _ = captured(model, 64)
+    rows.tell(serving.in_turns(slots, 64))
+    bare = Captured(model.step(inputs, inputs[0], None, None), CUDA, None)
+    steps = {"frozen": bare.replay, "fastlora": step.replay}
+    timings = measuring.in_rounds(steps, CUDA, rounds=5, turns=5)
+    assert timings["fastlora"].over(timings["frozen"]).value > 1
