@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bench_cpu_step
+import bench_decode
 import bench_host
 import bench_quickstart
 import bench_saved_memory
 import pytest
+import torch
 from tiny_models import tiny_peft, token_ids
 
+from fastlora.bench import results
 from fastlora.bench.measuring import Timing
 
 
@@ -30,6 +33,30 @@ def test_cpu_step_times_both_providers_on_the_same_model(spy):
     assert len(peft) == len(fast) == rounds
     assert min(peft + fast) > 0
     assert (spy.fused, spy.peft) == (14 * (rounds + 1), 0)
+
+
+def test_decode_benchmark_checks_and_times_everyone(monkeypatch, tmp_path, capsys):
+    arguments = ["--rounds", "5", "--turns", "1", "--distinct", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench_decode.py", *arguments])
+    bench_decode.main()
+    rows = results.read(tmp_path / "decode.csv")
+    assert [row.provider for row in rows] == ["frozen", "peft", "fastlora", "fastlora-engine"]
+    assert all(row.to_frozen is not None and row.case == "3 adapters" for row in rows)
+    assert "3 adapters: peft " in capsys.readouterr().out
+
+
+def test_decode_benchmark_refuses_wrong_results():
+    right = torch.ones(2, 3)
+    steps = {
+        "frozen": lambda: right - 1,
+        "peft": lambda: right,
+        "fastlora": lambda: right,
+        "fastlora-engine": lambda: 1.01 * right,
+    }
+    with pytest.raises(AssertionError, match="not close"):
+        bench_decode.check(steps)
+    with pytest.raises(AssertionError, match="change nothing"):
+        bench_decode.check({**steps, "frozen": lambda: right})
 
 
 @pytest.mark.parametrize("dtype", bench_host.SETTINGS.values(), ids=str)
