@@ -93,6 +93,20 @@ def _step() -> list[str]:
     return [what, ", ".join(parts), "`make bench-cpu`", "`cpu_step.csv`"]
 
 
+def _decode() -> list[str]:
+    rows = where(rows_of("decode"), case="16 adapters")
+    times = {row.provider: row.to_frozen for row in rows}
+    what = (
+        "a step of generating on a CPU, 16 rows with 16 adapters (8 layers, 256 wide), time over "
+        "the base model's"
+    )
+    figure = (
+        f"`Engine` {times['fastlora-engine']}, `adapter_names=` on a patched model "
+        f"{times['fastlora']}, peft's {times['peft']}"
+    )
+    return [what, figure, "`make bench-decode`", "`decode.csv`"]
+
+
 def _script() -> list[str]:
     (peft,) = where(rows_of("script"), provider="peft")
     assert peft.to_fastlora is not None
@@ -138,7 +152,7 @@ def _launch() -> list[str]:
 
 def numbers() -> str:
     """Return the table of the top README."""
-    made = [_counts(), _saved(), _step(), _script(), _host(), _launch()]
+    made = [_counts(), _saved(), _step(), _decode(), _script(), _host(), _launch()]
     return markdown(("what", "figure", "command", "file in benchmarks/results/cpu"), made)
 
 
