@@ -329,9 +329,11 @@ Routing.enter = slowly
 """
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(chat, submitted, monkeypatch, reference):
+def test_ctrl_c_stops_the_answer_and_not_the_chat(chat, submitted, monkeypatch, reference, request):
     monkeypatch.setattr(Routing, "enter", Routing.enter)  # taken back afterwards
     exec(SLOW, {})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     out = Interrupting()
     monkeypatch.setattr(sys, "stdout", out)
     whole = reference("emoji", "hello")
@@ -493,7 +495,14 @@ def read_until(terminal, wanted, seconds=60):
     return shown
 
 
-RUN = "from fastlora.cli import main; raise SystemExit(main())"
+# Whoever runs the tests in the background lets them ignore Ctrl-C, and what they start.
+RUN = """
+import signal
+from fastlora.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+raise SystemExit(main())
+"""
 
 
 def test_in_a_real_terminal_it_streams_stops_and_remembers(folder):
