@@ -136,6 +136,10 @@ def test_several_answers_to_a_prompt(setup, judge):
         for _ in range(2):
             found = ask(engine, prompts, adapters, NEW, num_return_sequences=3)
             assert found == expected
+        # Alone: a batch without tokens would be the end of the engine.
+        for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+            found = ask(engine, [prompt], adapter, NEW, num_return_sequences=3)
+            assert found == expected[3 * i : 3 * i + 3]
 
 
 def test_several_sampled_answers_differ(judge):
@@ -177,15 +181,20 @@ def test_families_and_adapters_of_the_head(family, overrides, tmp_path):
     assert torch.equal(model.get_input_embeddings().weight, embedding)
 
 
-def test_a_head_that_is_called_with_all_tokens(judge, monkeypatch):
+def test_a_head_that_is_called_with_all_tokens(tmp_path, monkeypatch):
     # As in models whose forward does not select logits by itself.
     monkeypatch.setattr(
         "transformers.generation.continuous_batching.model_runner.ModelRunner"
         ".supports_logits_to_keep",
         lambda self, model: False,
     )
+    specs = {
+        "head-6": {"r": 6, "target_modules": ["lm_head"]},
+        "both-3": {"r": 3, "target_modules": ["q_proj", "lm_head"]},
+    }
+    judge = Judge(tmp_path, specs)
     prompts = prompts_of(5, 21, 9)
-    names = ["all-4", None, "rs-8"]
+    names = ["head-6", None, "both-3"]
     with engine_of(served_model(), judge.folders) as engine:
         assert ask(engine, prompts, names, NEW) == judge.answers(prompts, names, NEW)
 

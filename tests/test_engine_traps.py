@@ -107,9 +107,9 @@ TRAPS: dict[str, list[str] | str] = {
     "22: torch.compile makes constants of the batch": [
         f"{ENGINE}.test_a_compiled_model_asks_every_batch",
     ],
-    "23: a kernel is taken from a cache for another shape": (
-        "the segmented kernels are launched through Triton alone, by its own key"
-    ),
+    "23: a kernel is taken from a cache for another shape": [
+        "test_segmented_add.test_launches_are_kept_by_all_that_they_were_prepared_for",
+    ],
     "24: an adapter that cannot be loaded throws another one out": [
         f"{POOL}.test_what_cannot_be_used_is_refused_and_nothing_else_is_touched",
         f"{POOL}.test_nobody_leaves_for_nothing",

@@ -8,7 +8,8 @@ from accuracy import assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora import ops, reference
+import fastlora
+from fastlora import ops, plans, reference
 from fastlora.segmented import Adapters, Factors, add_adapters, pack
 from fastlora.segments import Runs, Segments, rows_of_a_tile, tile_count
 
@@ -188,3 +189,59 @@ def test_packed_weights_come_back_as_they_were():
         assert torch.equal(got.lora_a, own.lora_a)
         assert torch.equal(got.lora_b, own.lora_b)
         assert got.scaling == own.scaling
+
+
+@pytest.mark.skipif(not plans.interpreting(), reason="runs on the interpreter")
+def test_launches_are_kept_by_all_that_they_were_prepared_for(monkeypatch):
+    """A kernel that is launched for another shape than it was made for is wrong, silently."""
+    kept: dict[object, object] = {}
+    monkeypatch.setattr(ops, "_segmented_launches", kept)
+
+    def check(slots, k=32, ns=(16,), dtype=torch.float32, stride=0, max_rank=16):
+        torch.manual_seed(len(kept))
+        tables = [
+            [
+                Factors(torch.randn(r, k).to(dtype), torch.randn(r, n).to(dtype), 0.5 + r)
+                for r in (4, 9)
+            ]
+            for n in ns
+        ]
+        packed = [pack(each) for each in tables]
+        arena = torch.cat([arena for arena, _ in packed])
+        rows, offset = [], 0
+        for own, (table,) in packed:
+            table = table.clone()
+            table[1:, :2] += offset
+            rows.append(table)
+            offset += own.numel() // 64
+        segments = Segments.of_slots(slots, table=3)
+        x = torch.randn(len(slots), k + stride).to(dtype)[:, :k]
+        ys = [torch.randn(len(slots), n).to(dtype) for n in ns]
+        expected = [
+            reference.segmented_add(y.double(), x.double(), by_row(slots, own, torch.float64))
+            for y, own in zip(ys, tables, strict=True)
+        ]
+        with fastlora.backend("fused"):
+            ops.add_adapters(
+                ys, x, arena, torch.stack(rows), segments, max_rank=max_rank, adapters=None
+            )
+        for y, exact in zip(ys, expected, strict=True):
+            assert (y.double() - exact).norm() <= 1e-2 * exact.norm()
+
+    shapes = [
+        {"slots": [1, 2, 0]},
+        {"slots": [2, 0, 1, 1]},
+        {"slots": [1, 2] * 10},
+        {"slots": [1, 2, 0], "k": 48},
+        {"slots": [1, 2, 0], "ns": (24,)},
+        {"slots": [1, 2, 0], "ns": (16, 24)},
+        {"slots": [1, 2, 0], "dtype": torch.float16},
+        {"slots": [1, 2, 0], "stride": 8},
+        {"slots": [1, 2, 0], "max_rank": 32},
+    ]
+    for shape in shapes:
+        check(**shape)
+    assert len(kept) == len(shapes)
+    for shape in shapes:  # with what was kept, and other adapters and rows
+        check(**{**shape, "slots": shape["slots"][::-1]})
+    assert len(kept) == len(shapes)

@@ -216,12 +216,10 @@ class OpenRequests:
         return request is not None and not request.has_ended(name)
 
     def close(self) -> None:
-        """End those that wait; what ends from now on was cancelled."""
+        """Start none any more; what ends from now on, ``on_stop`` at the latest, was cancelled."""
         with self._lock:
             self._closed = True
-            waiting, self._waiting = self._waiting, deque()
-            for request, _ in waiting:
-                self._end_all(request, "cancelled", None)
+            self._waiting.clear()
         self._wake.set()
         loader = self._loader
         if loader is not None and loader is not threading.current_thread():
