@@ -6,7 +6,8 @@ import contextlib
 import gc
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SPECS: dict[str, dict[str, Any]] = {
     },
 }
 NAMES = [None, *SPECS]
+PATIENCE = 30.0  # seconds, after which nothing comes any more
 # Room for all of them, in pages small enough that prompts have several.
 BATCHING = {"page_size": 8, "num_blocks": 96, "max_batch_tokens": 256}
 
@@ -148,9 +150,29 @@ def ask(
 ) -> list[list[int]]:
     """Return the tokens of greedy answers that go on for ``new`` tokens, none of which failed."""
     options = {"do_sample": False, "ignore_eos": True, "progress": False, **options}
-    results = engine.generate(prompts, adapters, max_new_tokens=new, **options)
+    results = patiently(engine.generate, prompts, adapters, max_new_tokens=new, **options)
     assert [result.error for result in results] == [None] * len(results)
     return [result.token_ids for result in results]
+
+
+def patiently(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function, and fail where it would wait for ever."""
+    found: list[Any] = []
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            found.append(function(*args, **kwargs))
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), f"no answer after {PATIENCE} s"
+    for error in raised:
+        raise error
+    return found[0]
 
 
 def prompts_of(*lengths: int, seed: int = 7, vocabulary: int = VOCABULARY) -> list[list[int]]:
