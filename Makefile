@@ -62,10 +62,10 @@ bench-memory: .venv/bench/.done  ## bytes saved for the backward pass, against p
 bench-cpu: .venv/bench/.done  ## CPU time of a training step, against peft (about 4 minutes)
 	PYTHONPATH=examples .venv/bench/bin/python benchmarks/bench_cpu_step.py $(if $(OUT),--out $(OUT))
 
-soak: .venv/test/.done  ## load and unload adapters 1000 times under load, and look at every answer and at memory (1 minute)
+soak: .venv/test/.done  ## load and unload adapters 1000 times under load, and look at every answer and at memory (half a minute)
 	OMP_NUM_THREADS=1 .venv/test/bin/python benchmarks/soak.py $(if $(LOADS),--loads $(LOADS))
 
-bench-decode: .venv/bench/.done  ## a step of generating with many adapters on a CPU, against peft (about 2 minutes)
+bench-decode: .venv/bench/.done  ## a step of generating with many adapters on a CPU, against peft (about a minute)
 	.venv/bench/bin/python benchmarks/bench_decode.py $(if $(OUT),--out $(OUT))
 
 bench-host: .venv/bench/.done  ## what a call costs the host, with launches that do nothing

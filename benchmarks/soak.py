@@ -128,7 +128,7 @@ class Expected:
         self.answers: dict[tuple[int | None, int], list[int]] = {}
         for variant in range(variants):
             spec = _SPECS[variant % len(_SPECS)]
-            model: Any = get_peft_model(make_model(), LoraConfig(**spec))  # type: ignore[arg-type]
+            model: Any = get_peft_model(make_model(), LoraConfig(**spec))
             generator = torch.Generator().manual_seed(variant)
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
