@@ -19,7 +19,7 @@ from serving_models import (
     served_model,
 )
 
-from fastlora.serving import batching, linears
+from fastlora.serving import linears, manager
 
 NEW = 10
 LENGTHS = (5, 37, 3, 61, 20, 9, 44)
@@ -47,8 +47,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
         seen.append([(slot, rows) for slot, rows in requests if rows])
         return fill(requests, *args)
 
-    fill = batching.fill
-    monkeypatch.setattr(batching, "fill", filled)
+    fill = manager.fill
+    monkeypatch.setattr(manager, "fill", filled)
     return seen
 
 

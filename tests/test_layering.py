@@ -61,7 +61,9 @@ INSIDE = {
         "command",
     ],
     "adapters": ["files", "pages", "pool"],
-    "serving": ["sampling", "attention", "linears", "requests", "batching", "engine", "chat"],
+    "serving": [
+        *("sampling", "attention", "linears", "requests", "manager", "batching", "engine", "chat"),
+    ],
 }
 FOLDERS = sorted((folder, module) for folder, modules in INSIDE.items() for module in modules)
 

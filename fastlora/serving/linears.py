@@ -14,6 +14,7 @@ so that their adapters are read in one launch forward and one back to the width 
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -41,13 +42,13 @@ class Batch:
         # Of a group that has been computed, the outputs that wait to be asked for.
         self.pending: dict[_Siblings, _Computed] = {}
 
+    @abstractmethod
     def segments_for(self, tokens: int, is_head: bool) -> Segments | None:
         """Return the metadata for an input of that many rows; ``None``: no row has an adapter.
 
         Raises:
             OtherRows: the input has other rows than the batch.
         """
-        raise NotImplementedError
 
 
 class OtherRows(RuntimeError):
