@@ -216,6 +216,7 @@ class AdapterPool:
         self._active: str | None = None
         self._clock = 0
         self._step = 0
+        self._leaving: set[_Version] = set()  # without name or lease, and perhaps still read
         self._lock = threading.RLock()
 
     # What users do.
@@ -441,9 +442,9 @@ class AdapterPool:
     def advance(self) -> None:
         """Say that a step of the engine is over: what ended ``grace`` steps ago may be freed."""
         self._step += 1
-        if self.grace:
+        if self._leaving:
             with self._lock:
-                for version in [v for v in self._by_uid.values() if not v.named and not v.leases]:
+                for version in list(self._leaving):
                     self._retire(version)
 
     def has_adapters(self, linear: int) -> bool:
@@ -622,8 +623,12 @@ class AdapterPool:
     def _retire(self, version: _Version) -> None:
         """Let go of a version that has lost its name, as soon as nobody uses it."""
         version.named = version.pinned = False
-        if version.leases or version.free_from > self._step:
+        if version.leases:
+            return  # the last of them comes here
+        if version.free_from > self._step:
+            self._leaving.add(version)
             return
+        self._leaving.discard(version)
         if version.slot:
             self._evict(version)
         self._by_uid.pop(version.uid, None)
