@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 8.5 * 60  # of a part; what is not done by then is left out, and the log says so
+SECONDS = 510.0  # of a part; what is not done by then is left out, and the log says so
 
 
 def prepare_imports(smoke: bool, wheels: Path) -> Path:
@@ -72,7 +72,9 @@ class Run:
 
         self.out: Path = options.out
         self.smoke: bool = options.smoke
-        self.end = time.monotonic() + SECONDS
+        self.workers: int = options.workers
+        self.only: list[str] = options.models
+        self.end = time.monotonic() + options.seconds
         self.out.mkdir(parents=True, exist_ok=True)
         self.log_file: TextIO = (self.out / f"{options.part}.log").open("w", buffering=1)
         self.device = torch.device("cpu" if options.smoke else "cuda:0")
@@ -90,8 +92,9 @@ class Run:
         """Return the linears to run on, by model."""
         from fastlora.bench.shapes import MAIN_MODELS, MODELS, NAMES, Linear
 
-        tiny = dict.fromkeys(NAMES, Linear(16, 32, True))
-        return {"tiny": tiny} if self.smoke else {m: MODELS[m].linears for m in MAIN_MODELS}
+        if self.smoke:
+            return {"tiny": dict.fromkeys(NAMES, Linear(16, 32, True))}
+        return {name: MODELS[name].linears for name in self.only or MAIN_MODELS}
 
     def out_of_time(self) -> bool:
         return time.monotonic() > self.end
@@ -119,6 +122,7 @@ def run_tests(run: Run) -> int:
     files = [str(path) for path in kernel_tests]
     # What needs more than a GPU host has (hypothesis, accelerate) is not collected, and named.
     selections = [["-m", "gpu", "--continue-on-collection-errors"], ["-m", "not gpu", *files]]
+    beside = ["-n", str(run.workers)] if run.workers else []
     if run.smoke:
         selections = [[str(tests / "test_kernels_pieces.py"), "-k", "philox or slug"]]
     status = 0
@@ -126,8 +130,8 @@ def run_tests(run: Run) -> int:
         # -P: pytest must not see kernels/ in the working directory. Other versions of torch and
         # transformers than the pinned ones may warn of things that the tests do not cause.
         command = [sys.executable, "-P", "-m", "pytest", "-v", "-W", "default", "-p"]
-        command += ["no:cacheprovider", "--durations=10", *selection]
-        run.say("$ pytest " + " ".join(selection))
+        command += ["no:cacheprovider", "--durations=10", *beside, *selection]
+        run.say("$ pytest " + " ".join([*beside, *selection]))
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -326,6 +330,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--commit", help="what is measured; default: git's HEAD")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, without a GPU")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="what the part may take")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="test processes side by side (pytest-xdist)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", help="of tune, bench, serve; default: all", default=[]
+    )
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
     parser.add_argument("--import", dest="results", type=Path, metavar="DIR")
     parser.add_argument("--dram-case", nargs=2, metavar=("CASE", "PLAN"), help=argparse.SUPPRESS)

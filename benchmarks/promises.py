@@ -161,8 +161,8 @@ def _options(run: Run, part: str) -> Options:
         return Options(**common | small | {"providers": ("peft", "addmm"), "dropouts": (DROPOUT,)})
     return Options(
         **common,
-        models=[MODELS[name] for name in MAIN_MODELS],
-        stepped=[MODELS[name] for name in MAIN_MODELS[:3]],
+        models=[MODELS[name] for name in run.only or MAIN_MODELS],
+        stepped=[MODELS[name] for name in run.only or MAIN_MODELS[:3]],
         tokens=(8192,) if compiled else (8192, 2048),
         dropouts=(DROPOUT,) if compiled else (DROPOUT, 0.0),
         dtype=torch.bfloat16,

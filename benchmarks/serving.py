@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -724,7 +724,10 @@ def run_serve(run: Run) -> int:
 
 
 def _run(run: Run) -> int:
-    session = Session(run, SMOKE if run.smoke else SIZES)
+    sizes = SMOKE if run.smoke else SIZES
+    if run.only and not run.smoke:
+        sizes = replace(sizes, models=tuple(MODELS[name] for name in run.only))
+    session = Session(run, sizes)
     plans.check_device(run.device)
     run.say(plans.describe(run.device))
     wrong = plans.segmented_reason(run.device)

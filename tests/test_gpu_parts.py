@@ -131,7 +131,7 @@ def test_what_is_promised_is_what_is_timed():
     assert set(promises.LAYERS) == {(m, 8192) for m in MAIN_MODELS} | {("Qwen2.5-0.5B", 2048)}
 
     class OnGpu:
-        smoke, device, facts = False, torch.device("cuda", 0), {"commit": "abc"}
+        smoke, only, device, facts = False, [], torch.device("cuda", 0), {"commit": "abc"}
 
         def seconds_left(self):
             return 60.0
