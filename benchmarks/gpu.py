@@ -5,6 +5,7 @@
     python benchmarks/gpu.py --part bench --out DIR     `fastlora bench`, and what was promised
     python benchmarks/gpu.py --part compiled --out DIR  layers against peft by torch.compile
     python benchmarks/gpu.py --part serve --out DIR     batches with many adapters, beside the base
+    python benchmarks/gpu.py --part sweep --out DIR     tiles of the segmented kernels, side by side
     python benchmarks/gpu.py --part dram  --out DIR     DRAM bytes, if Nsight Compute is installed
     python benchmarks/gpu.py --import DIR               file what a run wrote, under its device
 
@@ -24,6 +25,7 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +76,7 @@ class Run:
         self.smoke: bool = options.smoke
         self.workers: int = options.workers
         self.only: list[str] = options.models
+        self.select: str = options.select
         self.end = time.monotonic() + options.seconds
         self.out.mkdir(parents=True, exist_ok=True)
         self.log_file: TextIO = (self.out / f"{options.part}.log").open("w", buffering=1)
@@ -123,6 +126,8 @@ def run_tests(run: Run) -> int:
     # What needs more than a GPU host has (hypothesis, accelerate) is not collected, and named.
     selections = [["-m", "gpu", "--continue-on-collection-errors"], ["-m", "not gpu", *files]]
     beside = ["-n", str(run.workers)] if run.workers else []
+    if run.select:
+        beside += ["-k", run.select]
     if run.smoke:
         selections = [[str(tests / "test_kernels_pieces.py"), "-k", "philox or slug"]]
     status = 0
@@ -133,18 +138,27 @@ def run_tests(run: Run) -> int:
         command += ["no:cacheprovider", "--durations=10", *beside, *selection]
         run.say("$ pytest " + " ".join([*beside, *selection]))
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # with its workers, to be ended together
         )
         # A test that hangs writes no line: the clock does not wait for one.
-        timer = threading.Timer(max(1.0, run.end - time.monotonic()), process.kill)
+        left = max(1.0, run.end - time.monotonic())
+        timer = threading.Timer(left, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         assert process.stdout is not None
+        passed = 0
         for line in process.stdout:
-            if " PASSED" not in line and " SKIPPED" not in line:
+            if " PASSED" in line:
+                passed += 1
+            elif " SKIPPED" not in line and "PytestBenchmarkWarning" not in line:
                 run.say(line.rstrip())
         timer.cancel()
         if process.wait() < 0:
-            run.say("out of time: the rest of the tests did not run")
+            run.say(f"out of time: {passed} tests passed, and the rest did not run")
         status |= process.returncode
     return 1 if status else 0
 
@@ -206,6 +220,13 @@ def run_serve(run: Run) -> int:
     from serving import run_serve  # it needs peft and safetensors
 
     return run_serve(run)
+
+
+def run_sweep(run: Run) -> int:
+    """Time tiles of the segmented kernels side by side, into ``sweep.csv``."""
+    from sweep_segmented import run_sweep
+
+    return run_sweep(run)
 
 
 DRAM_METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
@@ -318,6 +339,7 @@ _RUN = {
     "bench": run_bench,
     "compiled": run_compiled,
     "serve": run_serve,
+    "sweep": run_sweep,
     "dram": run_dram,
 }
 
@@ -332,8 +354,12 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, without a GPU")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="what the part may take")
     parser.add_argument(
-        "--workers", type=int, default=0, help="test processes side by side (pytest-xdist)"
+        "--workers",
+        type=int,
+        default=0,
+        help="processes side by side: of tests (pytest-xdist), or compiling before a sweep",
     )
+    parser.add_argument("--select", default="", help="tests, as pytest's -k")
     parser.add_argument(
         "--models", nargs="+", help="of tune, bench, serve; default: all", default=[]
     )

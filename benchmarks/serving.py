@@ -58,7 +58,6 @@ from serving_counts import (
     PROMISED,
     PROMISED_MODEL,
     Batch,
-    Tiles,
 )
 from torch import Tensor, nn
 
@@ -72,7 +71,6 @@ from fastlora.bench.providers import DecoderLayer
 from fastlora.bench.results import Row, writer
 from fastlora.bench.shapes import GROUPS, MODELS, NAMES, RANK, Linear, Model
 from fastlora.kernels import segmented_expand, segmented_shrink
-from fastlora.kernels.tile_config import ROWS_ALONE
 from fastlora.serving.linears import RowsOfTokens
 
 if TYPE_CHECKING:
@@ -85,10 +83,14 @@ MIXED = 1.10
 MIXED_RANKS, ONE_RANK, OF_MIXED = (8, 24, 32, 64), 32, 16
 
 # By how many launches of a layer nothing hides; who is timed is in ``VARIANTS``.
-PROVIDERS = {8: "fastlora", 4: "fastlora-overlapped"}
-# How the linears run. One with its shrinks beside the frozen products, on a stream of their own,
-# is to stand here as "fastlora-overlapped": it is then timed, and held to what was promised of it.
-VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {"fastlora": nullcontext}
+PROVIDERS = {8: "fastlora-serial", 4: "fastlora"}
+# How the linears run: as the engine has them, and with all launches one after the other.
+VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "fastlora": nullcontext,
+    "fastlora-serial": functools.partial(mock.patch.object, ops, "OVERLAPS", False),
+}
+# Whether a prefill's frozen products and the second of the adapters' are one launch.
+PREFILL_PROVIDERS = {"fastlora": False, "fastlora-fused": True}
 
 GIB = 2**30
 _EMPTY = 1000  # launches
@@ -144,7 +146,6 @@ def _tiny() -> Model:
 
 
 SIZES = Sizes(tuple(MODELS[name] for name in (PROMISED_MODEL, "Qwen2.5-0.5B", "Qwen3-8B")))
-# Both kinds of tiles that a batch that generates has: single rows, and 16 rows.
 SMOKE = Sizes(
     (_tiny(),), ((2, 2),), (17,), (2,), turns=1, empty=2, requests=(3, 4, 2), engine=_tiny()
 )
@@ -162,6 +163,16 @@ def case_of(kind: str, distinct: int) -> str:
 def kernel_case(kernel: str, names: Sequence[str], distinct: int) -> str:
     """Name a kernel on a group of linears."""
     return case_of(f"{kernel} of {'/'.join(names)}", distinct)
+
+
+def fusing(step: Callable[[], list[Tensor]], fuses: bool) -> Callable[[], list[Tensor]]:
+    """Return a prefill step with ``ops.FUSES_PREFILL`` set, or not, whenever it runs."""
+
+    def run() -> list[Tensor]:
+        with mock.patch.object(ops, "FUSES_PREFILL", fuses):
+            return step()
+
+    return run
 
 
 def per_launch(timing: Timing, launches: int) -> Timing:
@@ -411,27 +422,27 @@ class Session:
         heads = {distinct: inputs[0][:distinct] for distinct in self.sizes.distinct}
         base = served.step(inputs, inputs[0][:1], None, None)
         steps: dict[Any, Step] = {
-            ("graph", 0): self.capture(base, pool).replay,
-            ("eager", 0): base,
+            ("graph", 0, ""): self.capture(base, pool).replay,
+            ("eager", 0, ""): base,
         }
         about: dict[Any, dict[str, Any]] = {
-            (timer, 0): self._about(served, "prefill", tokens, "frozen") | {"timer": timer}
+            (timer, 0, ""): self._about(served, "prefill", tokens, "frozen") | {"timer": timer}
             for timer in ("graph", "eager")
         }
-        for distinct, head in heads.items():
-            row = self._about(served, case_of("prefill", distinct), tokens, "fastlora")
+        for (distinct, head), provider in itertools.product(heads.items(), PREFILL_PROVIDERS):
+            row = self._about(served, case_of("prefill", distinct), tokens, provider)
             rows, logits = Rows(tokens, served.pool), Rows(distinct, served.pool)
-            eager = served.step(inputs, head, rows, logits)
+            eager = fusing(served.step(inputs, head, rows, logits), PREFILL_PROVIDERS[provider])
             step = self.capture(eager, pool)
             requests = runs_of(slots[:distinct], tokens)
             ends = [(slot, 1) for slot in slots[:distinct]]
             if self.checked(served, step, [(rows, requests), (logits, ends)], inputs, row):
-                steps["graph", distinct], steps["eager", distinct] = step.replay, eager
-                about["graph", distinct] = row | {"timer": "graph"}
-                about["eager", distinct] = row | {"timer": "eager"}
+                for timer, timed in (("graph", step.replay), ("eager", eager)):
+                    steps[timer, distinct, provider] = timed
+                    about[timer, distinct, provider] = row | {"timer": timer}
         timings = self.time(steps, max(1, self.sizes.turns // 4))
         for key, timing in timings.items():
-            self.add(**about[key], **measuring.columns(timing, timings[key[0], 0]))
+            self.add(**about[key], **measuring.columns(timing, timings[key[0], 0, ""]))
 
     def kernels(self, served: Served, slots: Sequence[int]) -> None:
         """Measure each kernel on each group, all layers in one graph."""
@@ -443,14 +454,15 @@ class Session:
                 linears = [served.model.linears[name] for name in names]
                 runs, h = self.halves(served, names, x, rows, served.pool.rank_ceiling)
                 table = rows.segments
-                tiles = Tiles(table.tiles.shape[1], table.block_m) if count > ROWS_ALONE else None
                 planes, size = h.shape[0], self.dtype.itemsize
                 ns = tuple(one.n for one in linears)
                 moved = {
                     "segmented_shrink": serving_counts.shrink_bytes(
-                        batch, len(names), linears[0].k, planes, size, tiles
+                        batch, len(names), linears[0].k, planes, size, table.block_m
                     ),
-                    "segmented_expand": serving_counts.expand_bytes(batch, ns, planes, size, tiles),
+                    "segmented_expand": serving_counts.expand_bytes(
+                        batch, ns, planes, size, table.block_m
+                    ),
                 }
                 pool = self.pool()
                 graphs = {name: self.capture(run, pool).replay for name, run in runs.items()}

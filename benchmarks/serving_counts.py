@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -91,38 +91,26 @@ class Batch:
         return sum(self.ranks[slot][sibling] for slot in set(self.slots))
 
 
-class Tiles(NamedTuple):
-    """Rows by tiles: how many the table has, used or not, and rows of each at most."""
-
-    number: int
-    rows: int
-
-
-def metadata_bytes(
-    batch: Batch, tiles: Tiles | None, siblings: int, entry_bytes: int
-) -> dict[str, int]:
+def metadata_bytes(batch: Batch, block_m: int, siblings: int, entry_bytes: int) -> dict[str, int]:
     """Return what a launch reads to learn which adapter a row has.
 
     Args:
         batch: the rows.
-        tiles: of the rows; ``None``: every row is a program's own.
+        block_m: rows of a tile at most.
         siblings: linears of the launch.
         entry_bytes: that are read of a descriptor.
     """
-    if tiles is None:
-        read = {"slots_ptr": 4 * len(batch.slots)}
-        found = set(batch.slots)
-    else:
-        rows = collections.Counter(slot for slot in batch.slots if slot)
-        found = set(rows)
-        used = sum(-(-count // tiles.rows) for count in rows.values())
-        # The rows of every tile, by which the used ones are known, and the rest of these.
-        read = {"order_ptr": 4 * rows.total(), "tiles_ptr": 4 * tiles.number + 8 * used}
-    return {"descriptors_ptr": entry_bytes * siblings * len(found), **read}
+    rows = collections.Counter(slot for slot in batch.slots if slot)
+    used = sum(-(-count // block_m) for count in rows.values())
+    return {
+        "descriptors_ptr": entry_bytes * siblings * len(rows),
+        "order_ptr": 4 * rows.total(),
+        "tiles_ptr": 4 + 12 * used,  # how many are used, and three numbers of each
+    }
 
 
 def shrink_bytes(
-    batch: Batch, siblings: int, k: int, planes: int, itemsize: int, tiles: Tiles | None
+    batch: Batch, siblings: int, k: int, planes: int, itemsize: int, block_m: int
 ) -> Operands:
     """Return the bytes of each operand that ``segmented_shrink`` reads, and that it writes.
 
@@ -132,10 +120,10 @@ def shrink_bytes(
         k: in features.
         planes: parts of h.
         itemsize: of x and the adapters.
-        tiles: see ``metadata_bytes``.
+        block_m: see ``metadata_bytes``.
     """
     every = range(siblings)
-    read = metadata_bytes(batch, tiles, siblings, 8)  # page of A, rank
+    read = metadata_bytes(batch, block_m, siblings, 8)  # page of A, rank
     read["x_ptr"] = itemsize * k * batch.rows(every)
     read["arena_ptr"] = itemsize * k * sum(map(batch.rank_rows, every))
     ranks = sum(batch.ranks[slot][s] for s in every for slot in batch.slots)
@@ -143,7 +131,7 @@ def shrink_bytes(
 
 
 def expand_bytes(
-    batch: Batch, ns: tuple[int, ...], planes: int, itemsize: int, tiles: Tiles | None
+    batch: Batch, ns: tuple[int, ...], planes: int, itemsize: int, block_m: int
 ) -> Operands:
     """Return the bytes of each operand that ``segmented_expand`` reads, and that it writes.
 
@@ -152,9 +140,11 @@ def expand_bytes(
         ns: out features of the linears.
         planes: parts of h.
         itemsize: of the outputs and the adapters.
-        tiles: see ``metadata_bytes``.
+        block_m: see ``metadata_bytes``.
     """
-    read = metadata_bytes(batch, tiles, len(ns), 12)  # page of B, rank, scaling
+    read = metadata_bytes(batch, block_m, len(ns), 12)  # page of B, rank, scaling
+    # Tiles of an adapter that changes none of the linears are left.
+    read["order_ptr"] = 4 * batch.rows(range(len(ns)))
     written: dict[str, int] = {}
     read["arena_ptr"] = itemsize * sum(n * batch.rank_rows(s) for s, n in enumerate(ns))
     # h is read in whole vectors of 16 ranks.
@@ -167,16 +157,14 @@ def expand_bytes(
 
 def operands_of(arguments: Mapping[str, Any], batch: Batch) -> Operands:
     """Return the bytes that one launch reads and writes, from the arguments of its kernel."""
-    tiles = None
-    if "tiles_ptr" in arguments:
-        tiles = Tiles(arguments["tiles_ptr"].shape[1], arguments["BLOCK_M"])
+    block_m = arguments["BLOCK_M"]
     planes, siblings = arguments["h_ptr"].shape[:2]
     if "x_ptr" in arguments:
         x = arguments["x_ptr"]
-        return shrink_bytes(batch, siblings, x.shape[-1], planes, x.element_size(), tiles)
+        return shrink_bytes(batch, siblings, x.shape[-1], planes, x.element_size(), block_m)
     ys = arguments["ys"]
     ns = tuple(y.shape[-1] for y in ys)
-    return expand_bytes(batch, ns, planes, ys[0].element_size(), tiles)
+    return expand_bytes(batch, ns, planes, ys[0].element_size(), block_m)
 
 
 @contextmanager

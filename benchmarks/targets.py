@@ -54,6 +54,7 @@ from fastlora.kernels.low_rank_gemm import (
 )
 from fastlora.kernels.paged_attention import paged_attention
 from fastlora.kernels.segmented_expand import segmented_expand
+from fastlora.kernels.segmented_gemm import segmented_gemm
 from fastlora.kernels.segmented_shrink import segmented_shrink
 from fastlora.kernels.segments import PAGE
 from fastlora.kernels.shrink import shrink
@@ -61,6 +62,7 @@ from fastlora.kernels.tile_config import DeviceLimits, TileConfig
 
 THRESHOLD = 6554  # p = 0.1
 GEMM_KERNEL = "_low_rank_gemm_kernel"
+GEMM_KERNELS = (GEMM_KERNEL, "_segmented_gemm_kernel")
 TENSOR_MEMORY_COLUMNS = 512  # of one sm_100 multiprocessor
 
 # What is counted, and the words that stand for it in PTX or in AMD's assembly.
@@ -186,7 +188,7 @@ class Case:
         """Return the arena of the adapters, their descriptors, and the rows by adapter."""
         slots, order = (self.empty(self.m, dtype=torch.int32) for _ in range(2))
         block_m = 16 if self.m <= tile_config.DECODE_ROWS else 64
-        tiles = self.empty(3, -(-self.m // block_m), dtype=torch.int32)
+        tiles = self.empty(4, -(-self.m // block_m), dtype=torch.int32)
         descriptors = self.stacked(65, 4, dtype=torch.int32)
         arena = self.empty(PAGE.value, dtype=self.adapter)
         return arena, descriptors, Segments(slots, order, tiles, block_m)
@@ -323,6 +325,17 @@ def _segmented_expand(case: Case, kind: str) -> None:
     segmented_expand(ys, h, *operands, config=case.config)
 
 
+def _segmented_gemm(case: Case, kind: str) -> None:
+    if kind != case.masks[0]:
+        return
+    x, operands = case.empty(case.m, case.k), case.segmented()
+    weights = [case.empty(n, case.k) for n in case.ns]
+    biases = [case.empty(n) for n in case.ns]
+    planes = 1 if case.m > 4096 else 8
+    h = case.empty(planes, len(case.ns), case.m, case.r, dtype=torch.float32)
+    segmented_gemm(x, weights, biases, h, *operands, config=case.config)
+
+
 @dataclass(frozen=True)
 class AttentionCase(Case):
     """One layer's attention of a batch of ``m`` tokens: of Qwen3-8B unless said otherwise."""
@@ -375,6 +388,7 @@ _LAUNCH: Mapping[str, Callable[[Case, str], None]] = {
     "input_pass": _input_pass,
     "segmented_shrink": _segmented_shrink,
     "segmented_expand": _segmented_expand,
+    "segmented_gemm": _segmented_gemm,
     "paged_attention": _paged_attention,
     "scaled_gemm": _scaled_gemm,
     "low_rank_term": _low_rank_term,
@@ -411,6 +425,7 @@ def default_cases() -> Iterator[Case]:
                 yield replace(wide, dtype=fp32, rank_dtype=fp32)
     yield Case("bf16 r=16, rows of 4100", ns=(4100,), k=4100, aligned=False)
     yield from segmented_cases()
+    yield from segmented_gemm_cases()
     yield from attention_cases()
 
 
@@ -436,6 +451,19 @@ def segmented_cases() -> Iterator[Case]:
     odd = {"name": "bfloat16 r=64 rows of 4101 segmented", "ns": (4101,), "k": 4101, "r": 64}
     for m in SEGMENTED_ROWS[1:]:
         yield Case(m=m, masks=("none",), operations=SEGMENTED, aligned=False, **odd)
+
+
+def segmented_gemm_cases() -> Iterator[Case]:
+    """Yield prefills, with one plane of h and with eight."""
+    fp16, three = torch.float16, SIBLINGS["q, k, v"]
+    for m in SEGMENTED_ROWS[2:]:
+        base = Case("", m=m, masks=("none",), operations=("segmented_gemm",))
+        for r, ns in itertools.product((16, 64, 256), ((4096,), *SIBLINGS.values())):
+            yield replace(base, name=f"bf16 T={m} r={r} S={len(ns)}", ns=ns, r=r)
+        halves = {"dtype": fp16, "adapter": fp16, "ns": three, "r": 64}
+        yield replace(base, name=f"fp16 T={m} r=64 S=3", **halves)
+        odd = {"ns": (4101,), "k": 4101, "r": 64, "aligned": False}
+        yield replace(base, name=f"bf16 T={m} r=64, rows of 4101", **odd)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -464,7 +492,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def quick_cases(target: Target) -> Iterator[Case]:
-    """Yield one call of each kernel at rank 16, for a test: 6 compilations, and 13 for sm_90."""
+    """Yield one call of each kernel at rank 16, for a test: 6 compilations, and 14 for sm_90."""
     # The pass over x is the same code on all of NVIDIA's but for its copies: sm_90 stands for them.
     everywhere = OPERATIONS if target.name in ("sm_90", "gfx942") else OPERATIONS[:-1]
     yield Case("bf16 r=16", m=16384, masks=("seed",), operations=everywhere)
@@ -472,6 +500,7 @@ def quick_cases(target: Target) -> Iterator[Case]:
         for m in (8, 64, 16384):
             segmented = {"masks": ("none",), "operations": SEGMENTED}
             yield Case(f"bf16 r=16 T={m}", m=m, ns=SIBLINGS["q, k, v"], **segmented)
+        yield Case("bf16 r=16", m=16384, masks=("none",), operations=("segmented_gemm",))
         yield AttentionCase("attention T=64", m=64, sequences=64)
 
 
@@ -641,7 +670,7 @@ def _report(
     code = compiled.asm["ptx" if target.is_nvidia else "amdgcn"]
     registers, local_bytes = _usage(compiled) if target.is_nvidia else _amd_usage(code)
     expected: tuple[str, ...] = ()
-    if kernel == GEMM_KERNEL and case.dtype != torch.float32:
+    if kernel in GEMM_KERNELS and case.dtype != torch.float32:
         expected = (target.multiplies_by, *(target.copies_by if case.aligned else ()))
     tile = {
         key: value

@@ -11,12 +11,15 @@ import json
 import os
 import platform
 import shlex
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import TextWrapper
 from typing import Any, Literal
+
+from fastlora import __version__
 
 _import_error: Exception | None = None
 try:
@@ -29,7 +32,7 @@ except (ImportError, OSError) as error:  # OSError: of a library that torch link
     _import_error = error
 
 OURS, OTHER = "fastlora-kernels", "fastlora"  # two distributions with one import name
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parent  # of a checkout that a link on the path leads to
 BESIDE = {"accelerate": "", "trl": "", "liger-kernel": "works beside fastlora"}
 WITHOUT_GEMM = "3.5.1"  # the Triton that does not compile it; a device's check finds that too
 ANOTHER_TRITON = "pip install --upgrade torch  # each torch brings its own Triton"
@@ -154,19 +157,43 @@ def _packages() -> Iterator[Finding]:
     elif _import_error is not None and _installed("torch"):
         yield Finding("broken", _line(_import_error), "pip install --force-reinstall torch")
     try:
-        python = importlib.metadata.metadata(OURS)["Requires-Python"]
+        python, needs = declared()
         from packaging.requirements import Requirement
-    except ImportError as error:  # of packaging, which peft brings, or fastlora is not installed
+    except ImportError as error:  # of packaging, which peft brings, or nothing is declared
         yield Finding("broken", _line(error), f"{_reinstall()} packaging")
         return
-    yield Finding("ok", f"{'fastlora':13} {_installed(OURS):12} in {PACKAGE}")
+    version = _installed(OURS)
+    where = f"in {PACKAGE}" if version else f"in {PACKAGE}, which is on the path, not installed"
+    yield Finding("ok", f"{'fastlora':13} {version or __version__:12} {where}")
     yield _compared(Requirement(f"python{python}"), platform.python_version())
-    for need in map(Requirement, importlib.metadata.requires(OURS) or ()):
+    for need in map(Requirement, needs):
         if need.marker is None or need.marker.evaluate({"extra": ""}):
             yield _compared(need, _installed(need.name))
     for name, note in BESIDE.items():
         if version := _installed(name):
             yield Finding("ok", f"{name:13} {version:12} {note}".rstrip())
+
+
+def declared() -> tuple[str, Sequence[str]]:
+    """Return the range of Pythons and the requirements: of the distribution, or of a checkout.
+
+    Raises:
+        PackageNotFoundError: fastlora is not installed, and this is no checkout (or Python 3.10,
+            which reads no ``pyproject.toml``).
+    """
+    try:
+        python = importlib.metadata.metadata(OURS)["Requires-Python"]
+        return python, importlib.metadata.requires(OURS) or ()
+    except importlib.metadata.PackageNotFoundError:
+        project = PACKAGE.parent / "pyproject.toml"
+        if sys.version_info < (3, 11) or not project.is_file():
+            raise
+        import tomllib
+
+        found = tomllib.loads(project.read_text()).get("project", {})
+        if found.get("name") != OURS:  # of a project that has a copy of ours
+            raise
+        return found["requires-python"], found["dependencies"]
 
 
 def _compared(need: Any, version: str) -> Finding:

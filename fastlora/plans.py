@@ -57,8 +57,9 @@ KERNELS: dict[str, Plan] = {
     "low_rank_term": PLAIN,
     "low_rank_gemm": HYBRID,
 }
-# The two segmented kernels, which only an engine needs: checked when a pool is made.
-SEGMENTED = "segmented_add"
+# The two segmented kernels, which only an engine needs: checked when a pool is made. And the one
+# that is the frozen product and the second of them in one: when it is first asked for.
+SEGMENTED, SEGMENTED_GEMM = "segmented_add", "segmented_gemm"
 _FOR_EVERYTHING = frozenset(("shrink", "adapter_grads"))
 GEMMS = frozenset(("low_rank_gemm", "input_grad"))
 MAX_RANK = 256  # the widest accumulator that stays in registers
@@ -140,8 +141,8 @@ def plan_for(
     """Choose the plan of one call.
 
     Args:
-        operation: ``"shrink"``, ``"low_rank_gemm"``, ``"adapter_grads"``, ``"input_grad"`` or
-            ``"segmented_add"``.
+        operation: ``"shrink"``, ``"low_rank_gemm"``, ``"adapter_grads"``, ``"input_grad"``,
+            ``"segmented_add"`` or ``"segmented_gemm"``.
         device: of the operands.
         dtype: of the frozen product for the two GEMMs, of the thin products for the others.
         m: rows.
@@ -159,8 +160,8 @@ def plan_for(
         # Kernels take CPU tensors only where they are interpreted, and only on request: the
         # interpreter is a thousand times slower than PyTorch.
         return PLAIN
-    if operation == SEGMENTED:
-        segmented_reason(device)
+    if operation in (SEGMENTED, SEGMENTED_GEMM):
+        segmented_reason(device, operation)
     elif device not in _failures:
         failed_kernels(device)
         if device not in _failures:  # nothing is known of it yet, nor to be remembered
@@ -206,6 +207,9 @@ def possible_plan(
         return PLAIN
     if operation == SEGMENTED:
         return PLAIN if segmented_reason(device) else FUSED
+    if operation == SEGMENTED_GEMM:
+        wrong = any(segmented_reason(device, kernel) for kernel in (SEGMENTED, SEGMENTED_GEMM))
+        return PLAIN if wrong or dtype == torch.float32 else FUSED
     failed = failed_kernels(device)
     if failed is None or not _FOR_EVERYTHING.isdisjoint(failed):
         return PLAIN
@@ -232,12 +236,13 @@ def _automatic(
 ) -> Plan:
     if operation == SEGMENTED:
         return FUSED  # PyTorch would have to ask the device which adapters there are
+    default = FUSED if operation == SEGMENTED_GEMM else HYBRID
     if m < MIN_ROWS:
         # Without a mask PyTorch needs one launch for each thin product, as Triton does.
         return HYBRID if masked else PLAIN
     entries = tuned_entries(device_limits(device).name)
     entry = entries.get(tile_key(operation, dtype, m, n, k, r, siblings), {})
-    plan: Plan = entry.get("plan", HYBRID)
+    plan: Plan = entry.get("plan", default)
     return plan
 
 
@@ -313,11 +318,15 @@ def check_device(device: torch.device) -> dict[str, str]:
     return failures
 
 
-_segmented: dict[torch.device, str] = {}
+_segmented: dict[tuple[str, torch.device], str] = {}
 
 
-def segmented_reason(device: torch.device) -> str:
-    """Return why the segmented kernels are not used on a device, empty if they are; checks once.
+def segmented_reason(device: torch.device, kernel: str = SEGMENTED) -> str:
+    """Return why segmented kernels are not used on a device, empty if they are; checks once.
+
+    Args:
+        device: which.
+        kernel: ``"segmented_add"`` for the two that any batch needs, or ``"segmented_gemm"``.
 
     Warns:
         RuntimeWarning: they are wrong there, or do not compile.
@@ -325,23 +334,33 @@ def segmented_reason(device: torch.device) -> str:
     if reason := unsupported_reason(device):
         return reason
     with _checking:
-        if device not in _segmented:
+        if (kernel, device) not in _segmented:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return "they were not checked before a CUDA graph was captured"
             try:
-                reason = _reason_against(SEGMENTED, device) or ""
+                reason = _reason_against(kernel, device) or ""
             except torch.OutOfMemoryError:
                 return "out of memory while they were checked"
-            _segmented[device] = reason
+            _segmented[kernel, device] = reason
             _decided.cache_clear()
             if reason:
+                name, instead = _WITHOUT[kernel]
                 warnings.warn(
-                    f"fastlora's segmented kernels do not work on {device_limits(device).name} "
-                    f"({reason}); batches with several adapters are computed by PyTorch, slowly",
+                    f"fastlora's {name} not work on {device_limits(device).name} "
+                    f"({reason}); {instead}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
-        return _segmented[device]
+        return _segmented[kernel, device]
+
+
+_WITHOUT = {
+    SEGMENTED: (
+        "segmented kernels do",
+        "batches with several adapters are computed by PyTorch, slowly",
+    ),
+    SEGMENTED_GEMM: ("kernel segmented_gemm does", "adapters are added to the frozen products"),
+}
 
 
 def _reason_against(kernel: str, device: torch.device) -> str | None:
@@ -389,9 +408,10 @@ def _neutral(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _wrong_segmented(device: torch.device) -> str | None:
-    """Return in what the segmented kernels differ from PyTorch on small batches, or ``None``."""
+def _wrong_segmented(kernel: str, device: torch.device) -> str | None:
+    """Return in what segmented kernels differ from PyTorch on small batches, or ``None``."""
     from fastlora.kernels.segmented_expand import prepare_segmented_expand
+    from fastlora.kernels.segmented_gemm import prepare_segmented_gemm
     from fastlora.kernels.segmented_shrink import prepare_segmented_shrink
 
     k, n, dtype = (512, 384, torch.float16) if device.type == "cuda" else (64, 48, torch.float16)
@@ -403,22 +423,30 @@ def _wrong_segmented(device: torch.device) -> str | None:
     # Ranks that end in the middle of a tile, and one that takes two.
     adapters = [segmented.Factors(draw(r, k) * k**-0.5, draw(r, n), 0.5 + r) for r in (8, 20, 3)]
     arena, descriptors = segmented.pack(adapters)
-    # One of each variant: a program for each row, tiles of few rows, and of many.
+    # Of the expand each variant: less than a tile, tiles of few rows, and of many.
+    weight, bias = draw(n, k) * k**-0.5, draw(n)
     for tokens in (5, 40, 300) if device.type == "cuda" else (5, 20):
         slots = [(3 * t) % 4 for t in range(tokens)]
         rows = Segments.of_slots(slots, table=4, device=device)
         x, base = draw(tokens, k), draw(tokens, n)
         expected = base.float()
+        if kernel == SEGMENTED_GEMM:
+            expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
         runs = rows.on_host()
         wide = [segmented.Factors(a.float(), b.float(), s) for a, b, s in adapters]
         found = segmented.Adapters([wide[slot - 1] for slot in runs.slots])
         segmented.add_adapters(expected, x.float(), found, runs)
         shrink = prepare_segmented_shrink(x, arena, descriptors, rows, max_rank=32)
-        expand = None
+        expand = gemm = None
         for _ in range(2 if device.type == "cuda" else 1):  # from the second on past Triton
             y, h = base.clone(), shrink(x, arena, descriptors, rows)
-            expand = expand or prepare_segmented_expand([y], h, arena, descriptors, rows)
-            expand([y], h, arena, descriptors, rows)
+            operands = (h, arena, descriptors, rows)
+            if kernel == SEGMENTED_GEMM:
+                gemm = gemm or prepare_segmented_gemm(x, [weight], [bias], *operands)
+                (y,) = gemm(x, [weight], [bias], *operands)
+            else:
+                expand = expand or prepare_segmented_expand([y], *operands)
+                expand([y], *operands)
         if reason := _difference([(f"y of {tokens} rows", y, expected)]):
             return reason
     return None
@@ -426,8 +454,8 @@ def _wrong_segmented(device: torch.device) -> str | None:
 
 def _wrong_result(kernel: str, device: torch.device) -> str | None:
     """Return in what a kernel's results differ from PyTorch's on one small problem, or ``None``."""
-    if kernel == SEGMENTED:
-        return _wrong_segmented(device)
+    if kernel in _WITHOUT:
+        return _wrong_segmented(kernel, device)
     m, k, n, r, p = 256, 512, 256, 16, 0.25
     if device.type != "cuda":
         m, k, n = 32, 64, 48  # interpreted: a second, not a minute

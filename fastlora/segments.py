@@ -7,6 +7,8 @@ slots, and each tile is a slot, a place in that list and a number of rows:
     slots   0 2 1 2         order   2 | 1 3          tiles   (1, 1, 1)  (2, 2, 2)
                                   0 at the front, in no tile
 
+The first tile also says how many there are.
+
 All of it depends on the batch, and none of the sizes do: a launch that was captured in a CUDA graph
 is right for the next batch of as many rows. Nothing here imports triton.
 """
@@ -23,6 +25,9 @@ from torch import Tensor
 # adapter has a few rows; many are prompts, in which it has long runs.
 _FEW_ROWS, _MANY_ROWS = 16, 64
 MAX_DECODE_TOKENS = 256
+# Rows of a batch's tiles, and of all its metadata: beside tiles ``slots`` and ``order``.
+TILE_ROWS = 4
+METADATA_ROWS = 2 + TILE_ROWS
 # Elements of a page of an arena, where every matrix of an adapter begins: 128 bytes in 16 bits, a
 # line of a GPU's cache.
 PAGE = 64
@@ -137,8 +142,9 @@ class Segments:
     Attributes:
         slots: ``[T]`` int32, the slot of every row; padding has slot 0.
         order: ``[T]`` int32, the rows sorted by slot, in each slot as they come.
-        tiles: ``[3, n]`` int32, contiguous in the last dimension: slot, first place in ``order``,
-            number of rows, which is 0 for tiles that are not used. ``n`` is ``tile_count``.
+        tiles: ``[4, n]`` int32, contiguous in the last dimension: slot, first place in ``order``,
+            number of rows, and of the first tile how many are used; these stand first. ``n`` is
+            ``tile_count``.
         block_m: rows of a tile at most, ``rows_of_a_tile``.
         runs: the same for PyTorch's operations, where somebody has made them; else they are read
             back from ``slots``.
@@ -166,7 +172,7 @@ class Segments:
         tokens = sum(rows for _, rows in requests)
         device = torch.device(device)
         packed = torch.zeros((2, tokens), dtype=torch.int32)
-        tiles = torch.zeros((3, tile_count(tokens, table)), dtype=torch.int32)
+        tiles = torch.zeros((TILE_ROWS, tile_count(tokens, table)), dtype=torch.int32)
         fill(requests, packed[0], packed[1], tiles, rows_of_a_tile(tokens))
         packed = packed.to(device)
         return cls(
@@ -193,7 +199,7 @@ def fill(
         requests: consecutive ``(slot, rows)``; rows beyond their sum are padding.
         slots: ``[T]`` int32.
         order: ``[T]`` int32.
-        tiles: ``[3, n]`` int32.
+        tiles: ``[4, n]`` int32.
         block_m: rows of a tile at most.
     """
     requests = list(requests)
@@ -215,4 +221,5 @@ def fill(
         first = last
     tiles.zero_()
     if listed:
-        tiles[:, : len(listed)] = torch.tensor(listed, dtype=torch.int32).t()
+        tiles[:3, : len(listed)] = torch.tensor(listed, dtype=torch.int32).t()
+        tiles[3, 0] = len(listed)

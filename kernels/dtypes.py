@@ -34,8 +34,33 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def dot(left, right, accumulator, PRECISION: tl.constexpr):
-    """``accumulator + left @ right`` in fp32."""
+def dot(left, right, accumulator, PRECISION: tl.constexpr, LONG: tl.constexpr = False):
+    """``accumulator + left @ right`` in fp32, of operands of one dtype.
+
+    LONG: the accumulator is to hold a sum of thousands of terms, not of a rank's.
+    """
+    FP32: tl.constexpr = left.dtype == tl.float32
     if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+    if FP32 and PRECISION == "tf32":
+        left, right = _round_to_tf32(left), _round_to_tf32(right)
+    if LONG and FP32 and PRECISION == "ieee":
+        # The product is summed apart: one chain of thousands of FMAs is 2 to 4 times as far off as
+        # cuBLAS (H200). Written as a difference, because Triton folds
+        # ``accumulator + tl.dot(left, right)`` into that chain; LLVM makes it an addition again.
+        product = tl.dot(left, right, input_precision=PRECISION)
+        result = accumulator - product * -1.0
+    else:
+        result = tl.dot(left, right, accumulator, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def _round_to_tf32(x):
+    """Round fp32 to the 10 bits of TF32, to nearest and away from 0 at ties, as ``cvt.rna.tf32``.
+
+    Tensor cores drop the lower bits, and Triton (3.7) leaves it at that: a product is then 2.6
+    times as far off as cuBLAS's, always towards 0.
+    """
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # the bits of a NaN would overflow

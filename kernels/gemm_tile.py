@@ -32,7 +32,7 @@ def frozen_product(
                 right_source, layout.stride_rk, layout.stride_rn, k, layout.depth, first_column, N,
                 BLOCK_K, BLOCK_N,
             )  # fmt: skip
-        accumulator = dot(left, right, accumulator, PRECISION)
+        accumulator = dot(left, right, accumulator, PRECISION, LONG=True)
     return accumulator
 
 

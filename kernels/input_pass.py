@@ -90,7 +90,8 @@ def _input_pass_kernel(
                 kept = tl.where(expand_bits(bits, BLOCK_M, BLOCK_N), x, 0.0)
             dh_g = dh_ptr + tl.cast(siblings[g].first_dh, tl.int64)
             dh_t = load_tile(dh_g, 1, R, zero, R, row, M, BLOCK_R, BLOCK_M)
-            updated = updated + (dot(dh_t.to(RANK_DTYPE), kept, accumulators[g], PRECISION),)
+            accumulator = dot(dh_t.to(RANK_DTYPE), kept, accumulators[g], PRECISION, LONG=True)
+            updated = updated + (accumulator,)
         accumulators = updated
     for g in tl.static_range(len(siblings)):
         number = g * tl.num_programs(1) + tl.program_id(1)

@@ -482,7 +482,7 @@ def _prepare(
     rank, *others = (term.q.shape[1 if forward else 0] for term in terms)
     assert all(other == rank for other in others), "siblings of different ranks"
     layouts = [as_rows(left) for left in lefts]
-    frozen = _frozen_products(layouts, rights, forward)
+    frozen = frozen_layouts(layouts, rights, forward)
     ns = tuple([output.columns for output in outputs])
     dtype = lefts[0].dtype if lefts else rank_dtype
     grid, described, (out_tile, left_tile, right_tile), constants = _settings(
@@ -514,9 +514,10 @@ def _prepare(
     return run if m else _nothing
 
 
-def _frozen_products(
+def frozen_layouts(
     layouts: Sequence[tuple[int, int, int, int]], rights: Sequence[Tensor], forward: bool
 ) -> tuple[_Frozen, ...]:
+    """Return how the operands of frozen products lie in memory; forward they share the first."""
     frozen: tuple[_Frozen, ...] = ()
     for g, right in enumerate(rights):
         _, depth, stride_lm, stride_lk = layouts[0 if forward else g]

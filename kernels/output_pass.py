@@ -118,7 +118,7 @@ def _output_tiles(
         b = load_tile(
             output.b, output.stride_bn, output.stride_br, column, N, zero, R, BLOCK_N, BLOCK_R
         )
-        dh = dot(dy, b.to(RANK_DTYPE), dh, PRECISION)
+        dh = dot(dy, b.to(RANK_DTYPE), dh, PRECISION, LONG=True)
         db = dot(h_t, dy, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), PRECISION)
         store_tile(db_ptr, N, 1, zero, R, column, N, db, BLOCK_R, BLOCK_N)
     store_tile(dh_ptr, R, 1, first_row, M, zero, R, dh, BLOCK_M, BLOCK_R)

@@ -2,18 +2,16 @@
 
     sum_p h[p, s, t, r] = sum_k x[t, k] * A_s[r, k]      A_s of the slot of row t, r < its rank
 
-Two kernels, chosen by the number of rows alone (``config.block_m``):
-
-One program for each row (up to 16 rows). Grid: (siblings x chunks of ranks x splits of K, rows).
-A program is one tile ``[ranks, columns]`` of A, all of it in flight at once, times a piece of x in
-fp32: no tensor cores, and no sorted rows.
-
 Tiles of rows of one adapter, gathered by ``order``; each adapter is read once for every ``block_m``
 of its rows. Grid: a fixed number of programs, which share out the items (tile, split of K, sibling,
 chunk of ranks) of the tiles that are used: how many is known on the device alone, and a grid for
 the most there can be (a tile for each row) would mostly start programs that leave. Up to 256 rows a
 sibling is an item, of which a decode step has too few; above, an item is all siblings, so that x is
 read once for them.
+
+A row that is the only one of its adapter is a tile too, 15 of whose rows are empty. A kernel of its
+own for up to 16 rows, one program for each and no tensor cores, took 1.0 to 4.6 times as long with
+its expand (H200, linears of 7B, 1 and 16 adapters): its sums go through all threads of a program.
 
 K is split so that the smallest batch fills the device; the partial sums are planes of h, which the
 expand adds: no atomics, nothing to zero. At most 64 ranks of an adapter are chunks of their own,
@@ -36,11 +34,12 @@ from .layout import allocator, are_aligned, as_rows
 from .segments import (
     RowSegments,
     items_of_program,
+    let_next_launch_begin,
     load_a,
     load_segment,
-    padded_tiles,
     page_start,
     programs_for,
+    starts_early,
 )
 from .tile_config import (
     TileConfig,
@@ -57,55 +56,7 @@ Shrink = Callable[[Tensor, Tensor, Tensor, RowSegments], Tensor]
 
 
 @triton.jit(
-    do_not_specialize=["T", "slots"],
-    do_not_specialize_on_alignment=["descriptors_ptr", "slots_ptr"],
-)
-def _row_shrink_kernel(
-    # tensors, see segments.py
-    x_ptr,
-    arena_ptr,
-    descriptors_ptr,
-    slots_ptr,
-    h_ptr,
-    # sizes
-    T,
-    K,
-    slots,
-    max_rank,
-    # stride, in elements
-    stride_xt,
-    # tile
-    SIBLINGS: tl.constexpr,
-    CHUNKS: tl.constexpr,  # programs that share out the ranks of an adapter
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    row, number = tl.program_id(1), tl.program_id(0)
-    s, chunk = number % SIBLINGS, number // SIBLINGS % CHUNKS
-    split = number // (SIBLINGS * CHUNKS)
-    slot = tl.load(slots_ptr + row)
-    a_page, rank = load_a(descriptors_ptr, s, slots, slot)
-    if chunk * BLOCK_R >= rank:  # nor has slot 0 any
-        return
-    columns = split * BLOCK_K + tl.arange(0, BLOCK_K)
-    column_ok = columns < K
-    x = tl.load(x_ptr + row.to(tl.int64) * stride_xt + columns, mask=column_ok, other=0.0)
-    a_ptr = page_start(arena_ptr, a_page)
-    h_row = sibling(h_ptr, split * SIBLINGS + s, T, max_rank) + row.to(tl.int64) * max_rank
-    for first_rank in range(chunk * BLOCK_R, rank, CHUNKS * BLOCK_R):
-        ranks = first_rank + tl.arange(0, BLOCK_R)
-        rank_ok = ranks < rank
-        a = tl.load(
-            a_ptr + ranks[:, None] * K + columns[None, :],
-            mask=rank_ok[:, None] & column_ok[None, :],
-            other=0.0,
-        )
-        h = tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
-        tl.store(h_row + ranks, h, mask=rank_ok)
-
-
-@triton.jit(
-    do_not_specialize=["T", "slots", "splits", "tiles", "stride_tiles"],
+    do_not_specialize=["T", "slots", "splits", "stride_tiles"],
     do_not_specialize_on_alignment=["descriptors_ptr", "order_ptr", "tiles_ptr"],
 )
 def _segmented_shrink_kernel(
@@ -123,7 +74,6 @@ def _segmented_shrink_kernel(
     max_rank,
     splits,
     columns_per_split,
-    tiles,
     # strides, in elements
     stride_xt,
     stride_tiles,
@@ -131,17 +81,17 @@ def _segmented_shrink_kernel(
     SIBLINGS: tl.constexpr,
     TOGETHER: tl.constexpr,  # siblings of one item
     CHUNKS: tl.constexpr,
-    MAX_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDED_ON: tl.constexpr,
 ):
+    if DEPENDED_ON:
+        let_next_launch_begin()
     GROUPS: tl.constexpr = SIBLINGS // TOGETHER
     items_of_tile = splits * (GROUPS * CHUNKS)
-    first_item, end_item = items_of_program(
-        tiles_ptr, stride_tiles, tiles, items_of_tile, MAX_TILES
-    )
+    first_item, end_item = items_of_program(tiles_ptr, stride_tiles, items_of_tile)
     for item in range(first_item, end_item):
         # Chunks follow each other, so that every program has its share of those beyond a rank.
         number = item % items_of_tile
@@ -178,7 +128,7 @@ def _segmented_shrink_kernel(
                         mask=(ranks < own_ranks[g])[None, :] & column_ok[:, None],
                         other=0.0,
                     )
-                    updated = updated + (dot(x, a_t, accumulators[g], PRECISION),)
+                    updated = updated + (dot(x, a_t, accumulators[g], PRECISION, LONG=True),)
                 accumulators = updated
             for g in tl.static_range(TOGETHER):
                 h = sibling(h_ptr, split * SIBLINGS + first_s + g, T, max_rank)
@@ -204,9 +154,9 @@ def segmented_shrink(
         descriptors: ``[S, slots, 4]`` int32, contiguous, of S linear layers that share ``x``.
         segments: which adapter every row has.
         max_rank: ranks that ``h`` has room for, a multiple of 16, at most 256; no adapter has more.
-        config: the tile; by default the tuned one, or one that runs everywhere. ``block_m`` of 1: a
-            program for each row; otherwise tiles are as high as those of ``segments``. ``block_n``:
-            ranks of a program. Nothing else of it changes what is computed but the order of sums.
+        config: the tile, as high as those of ``segments``; by default the tuned one, or one that
+            runs everywhere. ``block_n``: ranks of a program. Nothing of it changes what is computed
+            but the order of sums.
 
     Returns:
         ``h [P, S, T, max_rank]`` fp32, in P parts to be added; written for rows with an adapter and
@@ -244,20 +194,8 @@ def prepare_segmented_shrink(
     if 0 in grid:
         return lambda x, arena, descriptors, segments: new_h()
 
-    if "BLOCK_M" not in constants:
-        row_launch = Launch(_row_shrink_kernel, grid, constants)
-
-        def run_rows(
-            x: Tensor, arena: Tensor, descriptors: Tensor, segments: RowSegments
-        ) -> Tensor:
-            h = new_h()
-            tensors = (x, arena, descriptors, segments.slots, h)
-            row_launch(*tensors, t, k, slots, max_rank, stride_xt)
-            return h
-
-        return run_rows
     launch = Launch(_segmented_shrink_kernel, grid, constants)
-    scalars = (t, k, slots, max_rank, splits, columns, tiles, stride_xt, segments.tiles.stride(0))
+    scalars = (t, k, slots, max_rank, splits, columns, stride_xt, segments.tiles.stride(0))
 
     def run(x: Tensor, arena: Tensor, descriptors: Tensor, segments: RowSegments) -> Tensor:
         h = new_h()
@@ -281,10 +219,7 @@ def _settings(
     aligned: bool,
     precision: str,
 ) -> tuple[tuple[int, ...], int, int, dict[str, Any]]:
-    """Return the grid, the splits of K, their columns, and the kernel's compile-time arguments.
-
-    Without a ``BLOCK_M`` they are those of the kernel for single rows.
-    """
+    """Return the grid, the splits of K, their columns, and the kernel's compile-time arguments."""
     config = config or tile_config_for(
         "segmented_shrink", device, dtype, t, k=k, r=max_rank, siblings=siblings, aligned=aligned
     )
@@ -292,9 +227,6 @@ def _settings(
     chunks = -(-min(max_rank, max(_RANKS_AT_ONCE, block_r)) // block_r)
     constants: dict[str, Any] = {"SIBLINGS": siblings, "CHUNKS": chunks}
     constants |= {"BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": config.num_warps}
-    if config.block_m == 1:
-        splits = -(-k // block_k)
-        return (siblings * chunks * splits, t), splits, block_k, constants
     # A decode step needs the programs, and a long batch has enough without.
     together = siblings if block_m > 16 else 1
     stage_bytes = block_k * (block_m + together * block_r) * dtype.itemsize
@@ -304,10 +236,11 @@ def _settings(
     splits = -(-k // columns)
     constants |= {
         "TOGETHER": together,
-        "MAX_TILES": padded_tiles(tiles),
         "BLOCK_M": block_m,
         "PRECISION": precision,
+        "DEPENDED_ON": starts_early(limits),
         "num_stages": config.num_stages,
     }
     items = siblings // together * chunks * splits
-    return (programs_for(limits.processors, tiles, items),), splits, columns, constants
+    grid = (programs_for(limits.processors, config.programs, tiles, items),)
+    return grid, splits, columns, constants

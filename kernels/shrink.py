@@ -100,7 +100,7 @@ def _shrink_kernel(
                 BLOCK_K, BLOCK_R,
             )  # fmt: skip
             a_t = a_t.to(RANK_DTYPE)
-            accumulator = dot(kept, a_t, accumulators[g], PRECISION)
+            accumulator = dot(kept, a_t, accumulators[g], PRECISION, LONG=True)
             updated = updated + (accumulator,)
         accumulators = updated
     for g in tl.static_range(len(adapters)):

@@ -27,9 +27,8 @@ TUNED = Path(__file__).parent / "tuned"
 # Rows of a batch are tuned at these sizes. A call takes the nearest one that is not smaller, or the
 # largest.
 M_BUCKETS = (64, 256, 512, 1024, 2048, 4096, 8192, 16384)
-# Segmented operations: up to the first each row is a program's own, up to the second a tile has at
-# most 16 rows.
-ROWS_ALONE, DECODE_ROWS = 16, 256
+# Segmented operations: up to so many rows of a batch a tile has at most 16.
+DECODE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class TileConfig:
         splits: parts of the reduction that run side by side, at least 1.
         num_warps: as in Triton.
         num_stages: likewise; depth of the software pipeline.
+        programs: of a grid that shares out its work, for each processor at most.
     """
 
     block_m: int
@@ -55,6 +55,7 @@ class TileConfig:
     splits: int = 1
     num_warps: int = 4
     num_stages: int = 3
+    programs: int = 12
 
     def as_dict(self) -> dict[str, int]:
         """Return the fields, as a table stores them."""
@@ -155,8 +156,8 @@ def default_tile(
 
     Args:
         operation: ``"shrink"``, ``"low_rank_gemm"``, ``"input_grad"``, ``"output_pass"`` (dh and dB
-            over dy), ``"input_pass"`` (dA over x), ``"segmented_shrink"`` or
-            ``"segmented_expand"``.
+            over dy), ``"input_pass"`` (dA over x), ``"segmented_shrink"``, ``"segmented_expand"``
+            or ``"segmented_gemm"``.
         limits: of the device.
         dtype: of the operands of the products.
         m: rows.
@@ -193,6 +194,12 @@ def default_tile(
         return _segmented_shrink_tile(limits, wide, m, k, rank, siblings, aligned)
     if operation == "segmented_expand":
         return _segmented_expand_tile(wide, m, rank, aligned)
+    if operation == "segmented_gemm":
+        tile = _gemm_tile(limits, wide, rank, k, 1, False, aligned, True, siblings > 1)
+        # Two parts spill 32 bytes a thread unaligned (sm_120), and two or four 24 to 120 on sm_100.
+        return replace(
+            tile, parts=4 if not aligned else 1 if limits.capability == 100 else tile.parts
+        )
     raise ValueError(f"no such operation: {operation!r}")
 
 
@@ -283,8 +290,11 @@ def _shrink_block(
     """Return rows, depth and warps; ``rank`` is the siblings' together."""
     if wide:
         if siblings > 1:  # in 32 x 32, and above rank 64 in four warps, two spill 8 bytes a thread
+            if limits.capability == 100 and 64 < rank <= 128:  # two in 16 x 16 spill 24
+                return 16, 32, 8
             return (32, 16, 4) if rank <= 64 else (16, 16, 8)
-        return (32, 32, 4) if rank <= 64 else (16, 16, 4)
+        # In four warps rank 256 spills 16 bytes a thread where it draws its mask (sm_90).
+        return (32, 32, 4) if rank <= 64 else (16, 16, 8 if rank > 128 else 4)
     if rank > 512:  # four siblings of rank 256 spill 16 bytes a thread in 32 x 32
         return 16, 32, 8
     deepest = {100: 256, 120: 64}.get(limits.capability, 0)
@@ -302,41 +312,49 @@ def _segmented_shrink_tile(
     limits: DeviceLimits, wide: bool, m: int, k: int, rank: int, siblings: int, aligned: bool
 ) -> TileConfig:
     """Return the tile: ``block_n`` are ranks. How many adapters there are is not known."""
-    if m <= ROWS_ALONE:
-        # 8 x 1024 are eight 16-byte loads a thread in four warps, all in flight at once.
-        block_k = 1024 if k <= 16384 else 2048
-        return TileConfig(1, 8, block_k, num_warps=block_k // 256)
-    block_m = 16 if m <= DECODE_ROWS else 64
-    tiles = -(-m // block_m)  # at least
-    if block_m == 16:
+    if m <= DECODE_ROWS:
         # Two items a processor, if all rows have one adapter.
-        splits = _splits(limits, -(-tiles * siblings // 2), k, at_least=512)
-        block_r, block_k = 16, 32 if wide else 128
-    else:
-        splits = _splits(limits, tiles, k, at_least=512)
-        widest = (64 if siblings == 1 and aligned else 32) // (2 if wide else 1)
-        block_r, block_k = min(rank, widest), 32 if wide else 64
-    # The expand reads every plane once for each of its column blocks.
-    splits, stages = min(splits, 16), 3 if wide else 4 if block_m == 16 else 5
+        # Fewer splits than would be fastest alone: beside a frozen product nobody waits for the
+        # shrink, and its programs take the product's place. Few programs, since most of a grid for
+        # as many tiles as there can be leaves at once, after 0.5 us for 528 of them (H200).
+        tiles = -(-m // 16)  # at least
+        splits = min(_splits(limits, -(-tiles * siblings // 2), k, at_least=1024), 8)
+        if wide:
+            return TileConfig(16, 16, 32, splits=splits, num_warps=4, num_stages=3, programs=4)
+        # In four warps all of them do most of what one of them would: 64 adapters take 1.2 times
+        # as long (H200).
+        return TileConfig(16, 16, 128, splits=splits, num_warps=2, num_stages=4, programs=4)
+    # The expand reads every plane once for each of its runs of columns.
+    splits = min(_splits(limits, -(-m // 64), k, at_least=512), 16)
+    widest = (64 if siblings == 1 and aligned else 32) // (2 if wide else 1)
+    block_r, block_k, stages = min(rank, widest), 32 if wide else 64, 3 if wide else 5
+    if not wide and aligned and m > 2048 and siblings * block_r <= 64:  # else it spills 8 bytes
+        block_k = 128  # 0.9 of the time (H200, 8192 rows)
+    if wide and siblings > 2:
+        block_k = 16  # 32 spill 24 bytes a thread (sm_90)
     # In four warps rank 64, and three siblings, spill 8 bytes a thread (sm_80, sm_89), and three
     # siblings in fp32 48 (sm_100). In eight, three siblings of 32 ranks spill 8 on sm_100.
-    large = block_m > 16 and siblings * block_r > 32
+    large = siblings * block_r > 32
     warps = 8 if large and (wide or limits.capability not in (90, 100)) else 4
-    return TileConfig(block_m, block_r, block_k, splits=splits, num_warps=warps, num_stages=stages)
+    return TileConfig(64, block_r, block_k, splits=splits, num_warps=warps, num_stages=stages)
 
 
 def _segmented_expand_tile(wide: bool, m: int, rank: int, aligned: bool) -> TileConfig:
     """Return the tile: ``block_k`` are ranks."""
-    if m <= ROWS_ALONE:
-        return TileConfig(1, 128, min(rank, 64), num_warps=8 if rank > 32 else 4, num_stages=1)
-    if m > DECODE_ROWS:
-        # 32 ranks in fp32 spill 24 bytes a thread on sm_100. Eight warps would hold the product of
-        # hi and that of lo in different layouts, and exchange the sum between them (sm_90).
-        block_n, block_r, warps = 64 if aligned else 32, 16 if wide else 32, 8 if wide else 4
-        return TileConfig(64, block_n, min(rank, block_r), num_warps=warps, num_stages=1)
-    # Half as wide, too little of B is on its way when every row has an adapter of its own.
-    block_n = 128 if aligned and not wide else 64
-    return TileConfig(16, block_n, min(rank, 32), num_warps=4, num_stages=1)
+    if wide:  # 32 ranks spill 24 bytes a thread in tiles of 64 rows (sm_100)
+        few = m <= DECODE_ROWS
+        block_m, block_n, block_r = (16, 64, 32) if few else (64, 64 if aligned else 32, 16)
+        warps = 4 if few else 8
+        return TileConfig(
+            block_m, block_n, min(rank, block_r), num_warps=warps, num_stages=1, programs=4
+        )
+    if m <= DECODE_ROWS:
+        block_n = 128 if aligned else 64
+        return TileConfig(16, block_n, min(rank, 64), num_warps=4, num_stages=4, programs=4)
+    # As many programs as run at once. Eight warps would hold the product of hi and that of lo in
+    # different layouts, and exchange the sum between them (sm_90).
+    block_n = 128 if aligned else 32
+    return TileConfig(64, block_n, min(rank, 64), num_warps=4, num_stages=3, programs=2)
 
 
 def _splits(limits: DeviceLimits, blocks: int, length: int, at_least: int) -> int:

@@ -100,8 +100,9 @@ def make_segments(slots: Sequence[int], block_m: int, unused: int = 2) -> Segmen
         ]
     tiles += [(1, 0, 0)] * unused
     # Rows of a longer tensor, as a part of all the metadata of a batch.
-    wide = torch.zeros((3, len(tiles) + 5), dtype=torch.int32, device=DEVICE)
-    wide[:, : len(tiles)] = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).t()
+    wide = torch.zeros((4, len(tiles) + 5), dtype=torch.int32, device=DEVICE)
+    wide[3, 0] = len(tiles) - unused
+    wide[:3, : len(tiles)] = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).t()
     metadata = [torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (slots, order)]
     return Segments(*metadata, wide[:, : len(tiles)], block_m)
 

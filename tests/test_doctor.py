@@ -17,6 +17,7 @@ import torch
 from packaging.requirements import Requirement
 from tiny_models import tiny_model
 
+import fastlora
 from fastlora import cli, doctor, plans
 from fastlora.bench import environment
 from fastlora.kernels import tile_config
@@ -25,7 +26,7 @@ from fastlora.serving import batching
 QWEN = "Qwen/Qwen2.5-7B-Instruct"
 H200 = "NVIDIA H200"
 OURS = "fastlora-kernels"
-NEEDS = {need.name: need for need in map(Requirement, importlib.metadata.requires(OURS))}
+NEEDS = {need.name: need for need in map(Requirement, doctor.declared()[1])}
 MODEL_OPTIONS = "--rank 16 --dtype bfloat16 --dropout 0.1 --tokens 8192 2048"
 
 
@@ -160,6 +161,7 @@ def test_a_missing_package_is_broken_and_has_its_command(installed, name):
 
 def test_ranges_are_those_that_the_distribution_declares(monkeypatch):
     declared = ["torch<99", 'peft>=99; python_version >= "3"', 'gguf>=99; extra == "demo"']
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: {"Requires-Python": ">=3.10"})
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: declared)
     report = examine()
     assert about(report, "torch  ").what.split()[3].startswith("<99")
@@ -174,13 +176,37 @@ def test_an_old_python_is_broken(monkeypatch):
     assert found.remedy.startswith('in an environment of "python>=')
 
 
-def test_a_package_without_its_distribution_is_broken(monkeypatch, installed):
+@pytest.fixture
+def without_distribution(monkeypatch, installed):
+    """Pretend that fastlora was put on the path, and not installed."""
+
     def metadata(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     installed({OURS: None})
     monkeypatch.setattr(importlib.metadata, "metadata", metadata)
-    found = about(examine(), OURS)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 reads no pyproject.toml")
+def test_a_checkout_on_the_path_needs_what_its_project_file_says(without_distribution, installed):
+    installed({"torch": "2.1.0"})
+    report = examine()
+    found = about(report, "fastlora  ")
+    assert (found.kind, found.what.split()[1]) == ("ok", fastlora.__version__)
+    assert found.what.endswith(f"in {doctor.PACKAGE}, which is on the path, not installed")
+    assert about(report, "python  ").what.endswith("needs >=3.10")
+    assert about(report, "torch  ").remedy == f'pip install "torch{NEEDS["torch"].specifier}"'
+    assert [each.what.split()[0] for each in report.findings if each.kind == "broken"] == ["torch"]
+
+
+@pytest.mark.parametrize("project", [None, "[tool.ruff]", "[project]\nname = 'theirs'"])
+def test_a_package_without_distribution_and_checkout_is_broken(
+    project, monkeypatch, tmp_path, without_distribution
+):
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path / "fastlora")
+    if project:
+        (tmp_path / "pyproject.toml").write_text(project)
+    found = about(examine(), f"PackageNotFoundError: No package metadata was found for {OURS}")
     assert (found.kind, found.remedy) == ("broken", f"{doctor._reinstall()} packaging")
 
 

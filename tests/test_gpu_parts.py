@@ -48,6 +48,7 @@ SERVED = {
     ("segmented_expand of down_proj, 2 adapters", "fastlora"),
     ("prefill", "frozen"),
     ("prefill, 2 adapters", "fastlora"),
+    ("prefill, 2 adapters", "fastlora-fused"),
     ("decode of one layer, 2 adapters", "peft"),
     ("kernels, 16 adapters of rank 8 to 64", "fastlora-mixed"),
     ("engine, 3 requests, 3 adapters", "fastlora"),
@@ -75,7 +76,8 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
         assert {(row.case, row.provider) for row in rows} >= SERVED
         checked = [row for row in rows if row.provider.startswith("fastlora") and row.to_frozen]
         gates = [row.gate for row in checked if row.case.startswith(("decode, 2", "prefill"))]
-        assert len(gates) == 3
+        # Of a decode, and of a prefill in a graph and without one.
+        assert len(gates) == len(serving.VARIANTS) + 2 * len(serving.PREFILL_PROVIDERS)
         assert all(0 < gate <= 1 for gate in gates)
     if part in ("bench", "compiled"):
         rows = results.read_folder(tmp_path)
@@ -311,7 +313,7 @@ def test_launches_are_what_adapters_add_and_others_are_named(session, monkeypatc
     served = serving.Served(serving._tiny(), session.device, session.dtype, [(2, 16)])
     bare = collections.Counter({"gemm": 7})
     ours = bare + collections.Counter(
-        {"_segmented_shrink_kernel": 4, "_row_expand_kernel": 4, "argsort": 1}
+        {"_segmented_shrink_kernel": 4, "_segmented_expand_kernel": 4, "argsort": 1}
     )
     found = iter([bare, ours])
     monkeypatch.setattr(serving, "launched", lambda step, device: next(found))

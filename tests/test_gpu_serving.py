@@ -156,6 +156,7 @@ def test_nothing_waits_for_the_device(tokens):
 @pytest.mark.parametrize("tokens", [16, 64, 1024])
 def test_a_layer_takes_eight_launches_and_none_for_metadata(tokens, monkeypatch):
     monkeypatch.undo()  # to poison what is allocated is a launch, too
+    plans.forget_measurements()  # what earlier tests prepared goes on poisoning its results
     model, slots = small(4)
     inputs, rows = model.inputs(tokens), Rows(tokens, model.pool)
     rows.tell(serving.in_turns(slots, tokens))
@@ -274,6 +275,43 @@ def test_an_engine_with_graphs_and_asynchronous_batches_says_what_one_without_sa
                 assert ask(engine, prompts[:count], names[:count], 12) == expected[:count]
             used = engine._manager.continuous_batching_config
             assert (any(used.cuda_graph_booleans), used.use_async_batching) == (graphs, graphs)
+
+
+@pytest.mark.usefixtures("continuous_batching")
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["one-by-one", "asynchronous"])
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_batches_wait_for_the_stream_that_fills_their_buffers(
+    monkeypatch, judge, graphs, asynchronous
+):
+    """Where other processes use the device, too, that stream may be behind all the others."""
+    from serving_models import SPECS, ask, engine_of, prompts_of, served_model
+    from transformers.generation.continuous_batching import input_outputs
+
+    buffers, tensor = input_outputs.ContinuousBatchingIOs, torch.tensor
+    reset = buffers._reset_static_tensors
+
+    def reset_late(self, full_reset=False):
+        if full_reset and self.device.type == "cuda":
+            torch.cuda._sleep(300_000_000)  # cycles: 0.15 s
+        reset(self, full_reset)
+
+    def copied_late(*args, **kwargs):
+        made = tensor(*args, **kwargs)
+        if made.is_cuda:
+            torch.cuda._sleep(3_000_000)
+        return made
+
+    monkeypatch.setattr(buffers, "_reset_static_tensors", reset_late)
+    names, prompts = [*SPECS, None], prompts_of(1, 9, 12, 31, 4)
+    expected = judge.answers(prompts, names, 4)
+    settings = {"use_cuda_graph": graphs, "use_async_batching": asynchronous}
+    for _ in range(2):  # the first time kernels are compiled, which takes longer than that stream
+        with engine_of(served_model().to(CUDA), judge.folders, **settings) as engine:
+            # By which transformers copies a batch to where it is read.
+            monkeypatch.setattr(torch, "tensor", copied_late)
+            got = ask(engine, prompts, names, 4)
+            monkeypatch.setattr(torch, "tensor", tensor)
+        assert got == expected
 
 
 @pytest.mark.usefixtures("continuous_batching")

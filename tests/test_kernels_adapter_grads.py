@@ -121,6 +121,17 @@ def make_group(m, k, ns, rank, dtype=torch.float32, b_dtype=None):
     return dys, randn(m, k, dtype=dtype), h, lora_bs
 
 
+def wide_product(left, right):
+    """Multiply half-precision matrices, and do not round the fp32 sums, as torch does it.
+
+    On a GPU by the tensor cores, which drop the lower bits at every step: after 1000 terms their
+    sums are 5 to 10 times as far off as those of the same operands in fp32 (H200).
+    """
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 def check(grads, inputs, keep, rank_dtype, grad_dtype, gain=GAIN):
     """Compare with the definition on operands that were rounded to ``rank_dtype`` once.
 
@@ -131,13 +142,11 @@ def check(grads, inputs, keep, rank_dtype, grad_dtype, gain=GAIN):
     native = reference.adapter_grads(*operands, keep, gain)
     exact = reference.adapter_grads(*doubles(*operands), keep, gain)
     if grad_dtype != rank_dtype:
-        (_, _, db), (exact_dh, _, exact_db) = (
-            reference.adapter_grads(*(tensor.to(dtype) for tensor in operands), keep, gain)
-            for dtype in (grad_dtype, torch.float64)
-        )
-        kept = operands[1] if keep is None else operands[1] * keep
-        da, exact_da = (grads[0].t().to(t) @ kept.to(t) for t in (grad_dtype, torch.float64))
-        native, exact = (native[0], da, db), (exact_dh, exact_da, exact_db)
+        dy, x, h, _ = operands
+        kept = x if keep is None else x * keep
+        da, db = wide_product(grads[0].t(), kept), gain * wide_product(dy.t(), h)
+        native = (native[0], da, db)
+        exact = (exact[0], grads[0].t().double() @ kept.double(), exact[2])
     for name, *values in zip(("dh", "da", "db"), grads, native, exact, strict=True):
         assert_kernel_as_accurate(*values, name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -192,6 +193,44 @@ def test_gain_multiplies_the_sum_once(gain, splits):
     x, lora_as, _, config = make_inputs((20, 72, 5, 2, splits))
     h, _ = shrink(x, lora_as, rank_dtype=x.dtype, gain=gain, config=config)
     check(h, x, lora_as, [None, None], x.dtype, gain)
+
+
+@pytest.fixture
+def tf32_allowed() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def to_tf32(x):
+    """Round to the nearest of TF32's numbers, ties away from 0, as cuBLAS does."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+def test_tf32_operands_are_rounded_and_not_cut_off(tf32_allowed):
+    """Tensor cores would cut them off: 2.6 times the error."""
+    x, lora_as, *_ = make_inputs((200, 512, 16, 2, 1))
+    h, _ = shrink(x, lora_as, rank_dtype=x.dtype, config=SMALL)
+    for own, a in zip(h, lora_as, strict=True):
+        operands = (x, a) if x.is_cuda else map(to_tf32, (x, a))  # only cuBLAS knows TF32
+        native, exact = reference.shrink(*operands, None), reference.shrink(*doubles(x, a), None)
+        assert_kernel_as_accurate(own, native, exact)
+        assert (own - exact).norm() > 1e-5 * exact.norm()  # it is TF32
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, interpreted
+def test_tf32_keeps_what_is_no_number(tf32_allowed):
+    x, lora_as, *_ = make_inputs((20, 72, 5, 1, 1))
+    quiet = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # all bits set
+    x[3:5, 7] = quiet.to(DEVICE)
+    x[7:9, 7] = torch.tensor([torch.inf, -torch.inf])
+    (h,), _ = shrink(x, lora_as, rank_dtype=x.dtype, config=SMALL)
+    native = reference.shrink(x, lora_as[0], None)
+    assert torch.equal(h.isnan(), native.isnan())
+    assert torch.equal(h[7:9], native[7:9])
+    assert h[3:5].isnan().all()
+    assert h[7:9].isinf().all()
 
 
 def test_same_inputs_give_the_same_bits():

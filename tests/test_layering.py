@@ -127,12 +127,13 @@ def test_kernels_import_only_torch_triton_the_standard_library_and_each_other():
             assert allowed, f"{path.name} imports {name}"
 
 
-# Kernels that are two halves of one operator.
+# Kernels that are two halves of one operator, and one that adds a frozen product to its second.
 STEMS = {
     "output_pass": "adapter_grads",
     "input_pass": "adapter_grads",
     "segmented_shrink": "segmented_add",
     "segmented_expand": "segmented_add",
+    "segmented_gemm": "segmented_add",
 }
 
 

@@ -336,6 +336,30 @@ def test_segmented_kernels_are_checked_on_their_own(unchecked, monkeypatch, kern
 
 
 @interpreted
+def test_without_the_segmented_gemm_the_two_other_kernels_are_used(unchecked, monkeypatch):
+    from fastlora.kernels import segmented_gemm
+
+    sizes = 300, 48, 64, 32
+    with fastlora.backend("fused"):
+        assert plans.plan_for("segmented_gemm", CPU, FP16, *sizes) == "fused"
+        assert plans.plan_for("segmented_gemm", CPU, torch.float32, *sizes) == "plain"
+    plans._segmented.clear()
+    plans._decided.cache_clear()
+    prepare = segmented_gemm.prepare_segmented_gemm
+
+    def broken(*operands):
+        run = prepare(*operands)
+        return lambda *tensors: [1.5 * y for y in run(*tensors)]
+
+    monkeypatch.setattr(segmented_gemm, "prepare_segmented_gemm", broken)
+    wrong = "segmented_gemm does not work .* is off by .* are added to the frozen products"
+    with fastlora.backend("fused"):
+        with pytest.warns(RuntimeWarning, match=wrong):
+            assert plans.plan_for("segmented_gemm", CPU, FP16, *sizes) == "plain"
+        assert plans.plan_for("segmented_add", CPU, FP16, *sizes) == "fused"
+
+
+@interpreted
 def test_the_check_does_not_depend_on_what_the_caller_set_up(unchecked):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -139,11 +139,13 @@ def test_the_tiles_are_every_row_with_an_adapter_once(requests, padding):
     segments = Segments.of([*requests, (0, padding)], table=10)
     assert segments.slots.tolist() == slots
     assert sorted(segments.order.tolist()) == list(range(len(slots)))
-    assert segments.tiles.shape == (3, tile_count(len(slots), 10))
+    assert segments.tiles.shape == (4, tile_count(len(slots), 10))
     assert segments.block_m == rows_of_a_tile(len(slots))
     seen = []
-    for slot, first, rows in segments.tiles.t().tolist():
-        assert rows <= segments.block_m
+    used = int(segments.tiles[3, :1].sum())
+    assert not segments.tiles[:3, used:].any()
+    for slot, first, rows in segments.tiles[:3, :used].t().tolist():
+        assert 0 < rows <= segments.block_m
         of_tile = segments.order[first : first + rows].tolist()
         assert all(slots[row] == slot != 0 for row in of_tile)
         seen += of_tile
@@ -195,7 +197,8 @@ def test_packed_weights_come_back_as_they_were():
 def test_launches_are_kept_by_all_that_they_were_prepared_for(monkeypatch):
     """A kernel that is launched for another shape than it was made for is wrong, silently."""
     kept: dict[object, object] = {}
-    monkeypatch.setattr(ops, "_segmented_launches", kept)
+    monkeypatch.setattr(ops, "_segmented_shrinks", {})
+    monkeypatch.setattr(ops, "_segmented_expands", kept)
 
     def check(slots, k=32, ns=(16,), dtype=torch.float32, stride=0, max_rank=16):
         torch.manual_seed(len(kept))

@@ -37,6 +37,27 @@ def generated(model, prompts, new=NEW):
     return results
 
 
+def in_order(manager):
+    """Let batches wait for what fills their buffers: our engine does, transformers does not."""
+    create = manager._create_batch_processor
+
+    def created():
+        processor = create()
+        inputs = processor.inputs_and_outputs
+        if inputs.compute_stream is not None:
+            torch.cuda.current_stream().synchronize()
+            make_kwargs = inputs.get_model_kwargs
+
+            def waited(*args, **kwargs):
+                inputs.compute_stream.wait_stream(torch.cuda.current_stream())
+                return make_kwargs(*args, **kwargs)
+
+            inputs.get_model_kwargs = waited
+        return processor
+
+    manager._create_batch_processor = created
+
+
 def served(model, prompts, new=NEW, *, tables=0, padded=False, **config):
     """Return the same by continuous batching, and how its batches were described."""
     settings = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 64, **attention.SETTINGS}
@@ -47,6 +68,7 @@ def served(model, prompts, new=NEW, *, tables=0, padded=False, **config):
     )
     if tables:
         assert attention.read_by_block_tables(manager, tables)
+    in_order(manager)
     manager.batch_processor = manager._create_batch_processor()
     manager.batch_processor.model_runner.pad_inputs |= padded
     described = []

@@ -27,7 +27,6 @@ UNIFORM = Batch.of(3, 6, 16)
 BASE = Batch((0,) * 5, (NONE, (8, 8, 8)))
 # Tiles of shrink and expand, and the rows of a segment's tile; a rank of 24 takes two steps.
 KERNELS = {
-    "rows": (TileConfig(1, 16, 64), TileConfig(1, 32, 16), 16),
     "tiles-of-16": (TileConfig(16, 16, 16, splits=3), TileConfig(16, 32, 16), 16),
     "tiles-of-64": (TileConfig(64, 16, 32, splits=2), TileConfig(64, 32, 16), 64),
 }
@@ -90,15 +89,15 @@ def test_a_kernel_touches_what_is_counted(monkeypatch, batch, kernels):
 
 def test_a_mixed_batch_costs_the_bytes_of_its_own_ranks():
     for batch in (GROUP, Batch.of(2, 8, 16)):
-        read, _ = serving_counts.shrink_bytes(batch, 3, 72, 1, 2, None)
+        read, _ = serving_counts.shrink_bytes(batch, 3, 72, 1, 2, 16)
         present = set(batch.slots)
         assert read["arena_ptr"] == 2 * 72 * sum(sum(batch.ranks[s][:3]) for s in present)
     # Equal sums of ranks are equal bytes.
     mixed = Batch((1, 2, 3, 4), ((0,), (8,), (24,), (32,), (64,)))
     equal = Batch((1, 2, 3, 4), ((0,), *((32,),) * 4))
     for one, other in (
-        (serving_counts.shrink_bytes(b, 1, 64, 2, 2, None) for b in (mixed, equal)),
-        (serving_counts.expand_bytes(b, (64,), 2, 2, None) for b in (mixed, equal)),
+        (serving_counts.shrink_bytes(b, 1, 64, 2, 2, 16) for b in (mixed, equal)),
+        (serving_counts.expand_bytes(b, (64,), 2, 2, 16) for b in (mixed, equal)),
     ):
         assert one[0]["arena_ptr"] == other[0]["arena_ptr"]
 

@@ -10,15 +10,18 @@ import pytest
 import torch
 import train_qwen
 from conftest import Spy
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from training_runs import STEPS, TASKS, Run, arguments, assert_runs_agree, learnable_peft, run, task
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
 from whole_models import LINEARS, patched_twin
 
 import fastlora
+
+Dataset = pytest.importorskip("datasets").Dataset
+SFTConfig, SFTTrainer = (
+    getattr(pytest.importorskip("trl"), name) for name in ("SFTConfig", "SFTTrainer")
+)
 
 CHATS = train_qwen.read_chats(train_qwen.DATA)
 

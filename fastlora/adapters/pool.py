@@ -597,8 +597,11 @@ class AdapterPool:
         largest = max(block.rank for block in version.blocks)
         while self.rank_ceiling < largest:
             self.rank_ceiling *= 2
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let what was written be there for other streams: of batches, and of other threads."""
         if self.device.type == "cuda":
-            # Whoever uses the slot does so on another stream.
             torch.cuda.current_stream(self.device).synchronize()
 
     def _view(self, page: int, rows: int, columns: int) -> Tensor:
@@ -616,6 +619,7 @@ class AdapterPool:
         for block in version.blocks:
             del self._factors[block.linear][version.slot]
         self.descriptors[:, version.slot].zero_()
+        self._settle()
         self._allocator.give_back(version.placement)
         self._free_slots.append(version.slot)
         version.placement, version.slot = None, 0

@@ -7,6 +7,7 @@ after the other; a ratio is the median over the rounds, and its spread the small
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -139,7 +140,12 @@ def captured(step: Step, pool: Any) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         step()
-    return graph.replay
+    return functools.partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _step: Step) -> None:
+    """Replay a graph; the step keeps alive its tensors, of which a graph has the addresses."""
+    graph.replay()
 
 
 def host_us(step: Step, device: torch.device, turns: int = 7) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -154,21 +154,54 @@ class Routing:
         """End the batch of the model's forward."""
         self.end()
 
-    def add_adapters(
-        self, group: Group, ys: Sequence[Tensor], x: Tensor, segments: Segments, max_rank: int
-    ) -> None:
-        """Add every row's low-rank term to the outputs of a group, in place."""
-        pool, width = self.pool, x.shape[-1]
-        descriptors = pool.descriptors[group.first : group.first + len(ys)]
-        ops.add_adapters(
-            [y.view(-1, y.shape[-1]) for y in ys],
-            x.reshape(-1, width),
+    def with_adapters(
+        self,
+        group: Group,
+        compute: Callable[[], list[Tensor]],
+        x: Tensor,
+        segments: Segments,
+        max_rank: int,
+    ) -> list[Tensor]:
+        """Compute the outputs of a group and add every row's low-rank term to them, in place."""
+        pool = self.pool
+        return ops.with_adapters(
+            compute,
+            x.reshape(-1, x.shape[-1]),
             pool.arena,
-            descriptors,
+            pool.descriptors[group.first : group.first + len(group.names)],
             segments,
             max_rank=max_rank,
             adapters=lambda s, slots: pool.in_slots(group.first + s, slots),
         )
+
+    def fused(
+        self,
+        group: Group,
+        members: Sequence[nn.Module],
+        x: Tensor,
+        segments: Segments,
+        max_rank: int,
+    ) -> list[Tensor] | None:
+        """Compute ``with_adapters`` of plain linears in one launch after the shrink.
+
+        ``None``: it is not to be done for these.
+        """
+        if not ops.FUSES_PREFILL:
+            return None
+        linears = [member for member in members if type(member) is RoutedLinear]
+        weights, arena = [linear.weight for linear in linears], self.pool.arena
+        if len(linears) < len(members) or not ops.fuses_linears(x, weights, arena, max_rank):
+            return None
+        ys = ops.linears_with_adapters(
+            x.reshape(-1, x.shape[-1]),
+            weights,
+            [linear.bias for linear in linears],
+            arena,
+            self.pool.descriptors[group.first : group.first + len(members)],
+            segments,
+            max_rank=max_rank,
+        )
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 class _Computed(NamedTuple):
@@ -211,8 +244,13 @@ class _Siblings:
         members, group = self.members, self.group
         if not together:
             members, group = (layer,), Group((group.names[at],), group.first + at)
-        ys = [_linear(member, x) for member in members]
-        self.routing.add_adapters(group, ys, x, segments, batch.max_rank)
+
+        def compute() -> list[Tensor]:
+            return [_linear(member, x) for member in members]
+
+        ys = self.routing.fused(group, members, x, segments, batch.max_rank)
+        if ys is None:
+            ys = self.routing.with_adapters(group, compute, x, segments, batch.max_rank)
         outputs = dict(zip(members, ys, strict=True))
         y = outputs.pop(layer)
         if together:

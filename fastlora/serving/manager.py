@@ -35,7 +35,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.utils import stream_context
 
 from fastlora.adapters.pool import AdapterPool
-from fastlora.segments import Runs, Segments, fill, rows_of_a_tile, tile_count
+from fastlora.segments import METADATA_ROWS, Runs, Segments, fill, rows_of_a_tile, tile_count
 from fastlora.serving.linears import BATCH, RowsOfTokens
 from fastlora.serving.requests import OpenRequests, children_of
 from fastlora.serving.sampling import SamplingProcessors
@@ -89,14 +89,13 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
         self.max_rank = pool.rank_ceiling
         columns = self._bulk_input_tensor.shape[1]
         pinned = self.device.type == "cpu" and torch.cuda.is_available()
-        # Twice slots, order and three rows of tiles: of all tokens, and of those with logits.
-        # Its address is fixed, as a CUDA graph needs it.
-        self.rows = torch.zeros(
-            (10, columns), dtype=torch.int32, device=self.device, pin_memory=pinned
-        )
+        # Twice slots, order and tiles: of all tokens, and of those with logits. Its address is
+        # fixed, as a CUDA graph needs it.
+        shape = (2 * METADATA_ROWS, columns)
+        self.rows = torch.zeros(shape, dtype=torch.int32, device=self.device, pin_memory=pinned)
         self.on_host = self.rows
         if self.device.type != "cpu":
-            self.on_host = torch.zeros((10, columns), dtype=torch.int32)
+            self.on_host = torch.zeros(shape, dtype=torch.int32)
         self.runs: tuple[Runs, Runs] | None = None
 
     def prepare_batch_tensors(
@@ -130,10 +129,10 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
         if not self.has_adapters and self.device.type == "cpu" and not use_padding:
             return
         sizes = (self.num_q_tokens, self._get_num_sequences(use_padding))
-        for first, size, requests in zip((0, 5), sizes, (tokens, logits), strict=True):
+        for first, size, requests in zip((0, METADATA_ROWS), sizes, (tokens, logits), strict=True):
             # The others are padding; and requests whose prompt goes on have a row of logits.
             requests.append((0, size - sum(rows for _, rows in requests)))
-            rows = self.on_host[first : first + 5]
+            rows = self.on_host[first : first + METADATA_ROWS]
             tiles = rows[2:, : tile_count(size, self.pool.slots)]
             fill(requests, rows[0, :size], rows[1, :size], tiles, rows_of_a_tile(size))
         if self.on_host is not self.rows:
@@ -150,18 +149,22 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
 
     def get_model_kwargs(self, use_padding: bool = False) -> Any:
         kwargs = super().get_model_kwargs(use_padding=use_padding)
+        if self.compute_stream is not None:
+            # The current stream wrote this batch, and transformers lets nothing wait for that.
+            # Asynchronous batches have an event of their own, and no such stream here.
+            self.compute_stream.wait_stream(torch.cuda.current_stream(self.device))
         kwargs[BATCH] = None
         if self.has_adapters:
             runs = self.runs or (None, None)
             kwargs[BATCH] = RowsOfTokens(
                 self._segments(0, self.num_q_tokens, runs[0]),
-                self._segments(5, self._get_num_sequences(use_padding), runs[1]),
+                self._segments(METADATA_ROWS, self._get_num_sequences(use_padding), runs[1]),
                 self.max_rank,
             )
         return kwargs
 
     def _segments(self, first: int, size: int, runs: Runs | None) -> Segments:
-        rows = self.rows[first : first + 5]
+        rows = self.rows[first : first + METADATA_ROWS]
         return Segments(
             slots=rows[0, :size],
             order=rows[1, :size],
@@ -334,6 +337,11 @@ class Manager(continuous_api.ContinuousBatchingManager):
             self._clear_cancelled, scheduler, scheduler.clear_cancelled_requests
         )
         self.room = processor.cache.num_blocks * self.continuous_batching_config.page_size
+        if devices:
+            # The current stream has just filled all of this, and batches are copied and computed on
+            # others that do not wait for it: on an H200 shared by 14 processes, zeros came after
+            # the first batch.
+            torch.cuda.current_stream(self.model.device).synchronize()
         self._started.set()
         return processor
 
