@@ -38,8 +38,9 @@ targets: .venv/test/.done  ## compile every kernel and tile for every GPU, and r
 counts: .venv/test/.done  ## count bytes, launches and saved memory of the Qwen layers, against peft
 	.venv/test/bin/python benchmarks/counts.py
 
-gpu:               ## one part on a GPU: make gpu PART=tests|tune|bench|compiled|dram|serve OUT=folder [COMMIT=sha]; installs nothing
-	$(PYTHON) benchmarks/gpu.py --part $(PART) --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
+gpu:               ## one part on a GPU: make gpu PART=tests|tune|bench|compiled|serve|sweep|dram OUT=folder [COMMIT=sha] [SECONDS=n] [WORKERS=n]; installs nothing
+	$(PYTHON) benchmarks/gpu.py --part $(PART) --out $(OUT) $(if $(COMMIT),--commit $(COMMIT)) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(WORKERS),--workers $(WORKERS))
 
 gpu-import: .venv/test/.done  ## file what `make gpu` wrote: make gpu-import DIR=folder
 	.venv/test/bin/python benchmarks/gpu.py --import $(DIR)

@@ -83,11 +83,12 @@ MIXED = 1.10
 MIXED_RANKS, ONE_RANK, OF_MIXED = (8, 24, 32, 64), 32, 16
 
 # By how many launches of a layer nothing hides; who is timed is in ``VARIANTS``.
-PROVIDERS = {8: "fastlora-serial", 4: "fastlora"}
-# How the linears run: as the engine has them, and with all launches one after the other.
+PROVIDERS = {8: "fastlora", 4: "fastlora-overlapped"}
+# How the linears run: all launches one after the other; and with shrinks beside the frozen
+# products, as the engine has them in its graphs.
 VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "fastlora": nullcontext,
-    "fastlora-serial": functools.partial(mock.patch.object, ops, "OVERLAPS", False),
+    "fastlora": functools.partial(mock.patch.object, ops, "OVERLAPS", False),
+    "fastlora-overlapped": functools.partial(mock.patch.object, ops, "OVERLAPS", True),
 }
 # Whether a prefill's frozen products and the second of the adapters' are one launch.
 PREFILL_PROVIDERS = {"fastlora": False, "fastlora-fused": True}

@@ -314,16 +314,13 @@ def _segmented_shrink_tile(
     """Return the tile: ``block_n`` are ranks. How many adapters there are is not known."""
     if m <= DECODE_ROWS:
         # Two items a processor, if all rows have one adapter.
-        # Fewer splits than would be fastest alone: beside a frozen product nobody waits for the
-        # shrink, and its programs take the product's place. Few programs, since most of a grid for
-        # as many tiles as there can be leaves at once, after 0.5 us for 528 of them (H200).
         tiles = -(-m // 16)  # at least
-        splits = min(_splits(limits, -(-tiles * siblings // 2), k, at_least=1024), 8)
+        splits = min(_splits(limits, -(-tiles * siblings // 2), k, at_least=512), 16)
         if wide:
-            return TileConfig(16, 16, 32, splits=splits, num_warps=4, num_stages=3, programs=4)
-        # In four warps all of them do most of what one of them would: 64 adapters take 1.2 times
-        # as long (H200).
-        return TileConfig(16, 16, 128, splits=splits, num_warps=2, num_stages=4, programs=4)
+            return TileConfig(16, 16, 32, splits=splits, num_warps=4, num_stages=3)
+        # Alone, two warps take 0.7 to 1.0 of the time with 64 adapters, as long with 16, and 1.1
+        # with one; in decode steps of 7B four were faster with 1 and 16 (H200).
+        return TileConfig(16, 16, 128, splits=splits, num_warps=4, num_stages=4)
     # The expand reads every plane once for each of its runs of columns.
     splits = min(_splits(limits, -(-m // 64), k, at_least=512), 16)
     widest = (64 if siblings == 1 and aligned else 32) // (2 if wide else 1)
@@ -350,7 +347,7 @@ def _segmented_expand_tile(wide: bool, m: int, rank: int, aligned: bool) -> Tile
         )
     if m <= DECODE_ROWS:
         block_n = 128 if aligned else 64
-        return TileConfig(16, block_n, min(rank, 64), num_warps=4, num_stages=4, programs=4)
+        return TileConfig(16, block_n, min(rank, 64), num_warps=4, num_stages=3, programs=4)
     # As many programs as run at once. Eight warps would hold the product of hi and that of lo in
     # different layouts, and exchange the sum between them (sm_90).
     block_n = 128 if aligned else 32

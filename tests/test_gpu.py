@@ -7,6 +7,8 @@ The accuracy of every plan in bf16 is in ``test_triton_path.py``, of every kerne
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -308,6 +310,23 @@ def test_operands_decide_the_device_and_not_the_current_one(plan):
     for ours, plain in zip(results, expected, strict=True):
         assert ours.device == other
         assert (ours.float() - plain.float()).norm() < 2**-6 * plain.float().norm()
+
+
+def test_a_captured_step_keeps_what_its_graph_reads_and_writes():
+    y = torch.zeros(8, device=CUDA)
+
+    def capture():
+        x = torch.ones(8, device=CUDA)
+        return measuring.captured(lambda: y.copy_(x), None), weakref.ref(x)
+
+    replay, alive = capture()
+    gc.collect()
+    assert alive() is not None
+    replay()
+    assert y.sum() == 8
+    del replay
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_session_measures_in_graphs_with_every_column_of_a_gpu(tmp_path, monkeypatch):

@@ -65,6 +65,10 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
     if part == "tune":
         entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
         assert {entry["key"]["siblings"] for entry in entries} == {1, 2}
+    if part == "sweep":
+        lines = (tmp_path / "sweep.csv").read_text().splitlines()
+        kernels = [line.split(",")[3] for line in lines[1:]]
+        assert collections.Counter(kernels) == {"shrink": 1, "expand": 1, "pair": 2}
     if part == "serve":
         rows = results.read(tmp_path / "serve.csv")
         assert not [row for row in rows if row.refused]
