@@ -151,12 +151,16 @@ def run_tests(run: Run) -> int:
         timer.start()
         assert process.stdout is not None
         passed = 0
-        for line in process.stdout:
-            if " PASSED" in line:
-                passed += 1
-            elif " SKIPPED" not in line and "PytestBenchmarkWarning" not in line:
-                run.say(line.rstrip())
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                if " PASSED" in line:
+                    passed += 1
+                elif " SKIPPED" not in line and "PytestBenchmarkWarning" not in line:
+                    run.say(line.rstrip())
+        finally:
+            timer.cancel()
+            if process.poll() is None and sys.exc_info()[0] is not None:  # Ctrl-C does not reach it
+                os.killpg(process.pid, signal.SIGKILL)
         if process.wait() < 0:
             run.say(f"out of time: {passed} tests passed, and the rest did not run")
         status |= process.returncode
@@ -360,9 +364,7 @@ def main() -> int:
         help="processes side by side: of tests (pytest-xdist), or compiling before a sweep",
     )
     parser.add_argument("--select", default="", help="tests, as pytest's -k")
-    parser.add_argument(
-        "--models", nargs="+", help="of tune, bench, serve; default: all", default=[]
-    )
+    parser.add_argument("--models", nargs="+", help="of tune, bench, compiled, serve", default=[])
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
     parser.add_argument("--import", dest="results", type=Path, metavar="DIR")
     parser.add_argument("--dram-case", nargs=2, metavar=("CASE", "PLAN"), help=argparse.SUPPRESS)

@@ -90,7 +90,8 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "fastlora": functools.partial(mock.patch.object, ops, "OVERLAPS", False),
     "fastlora-overlapped": functools.partial(mock.patch.object, ops, "OVERLAPS", True),
 }
-# Whether a prefill's frozen products and the second of the adapters' are one launch.
+# Whether a prefill's frozen products and the second of the adapters' are one launch; otherwise it
+# runs as the engine has it: in a graph with shrinks beside the frozen products.
 PREFILL_PROVIDERS = {"fastlora": False, "fastlora-fused": True}
 
 GIB = 2**30
@@ -393,7 +394,10 @@ class Session:
                 requests = in_turns(slots[:distinct], count)
                 if self.checked(served, step, [(rows, requests)], inputs, row):
                     steps[variant, distinct], about[variant, distinct] = step, row
-            with mock.patch.object(ops, "add_adapters", empty_launches):
+            with (
+                mock.patch.object(ops, "OVERLAPS", False),
+                mock.patch.object(ops, "add_adapters", empty_launches),
+            ):
                 rows = Rows(count, served.pool)
                 steps["empty"] = self.capture(served.step(inputs, inputs[0], rows, rows), pool)
             about["empty"] = self._about(served, "decode, launches that do nothing", count, "empty")

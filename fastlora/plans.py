@@ -414,7 +414,8 @@ def _wrong_segmented(kernel: str, device: torch.device) -> str | None:
     from fastlora.kernels.segmented_gemm import prepare_segmented_gemm
     from fastlora.kernels.segmented_shrink import prepare_segmented_shrink
 
-    k, n, dtype = (512, 384, torch.float16) if device.type == "cuda" else (64, 48, torch.float16)
+    # On a GPU so many columns that a program of the expand has several blocks of them.
+    k, n, dtype = (512, 16_576, torch.float16) if device.type == "cuda" else (64, 48, torch.float16)
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -423,7 +424,7 @@ def _wrong_segmented(kernel: str, device: torch.device) -> str | None:
     # Ranks that end in the middle of a tile, and one that takes two.
     adapters = [segmented.Factors(draw(r, k) * k**-0.5, draw(r, n), 0.5 + r) for r in (8, 20, 3)]
     arena, descriptors = segmented.pack(adapters)
-    # Of the expand each variant: less than a tile, tiles of few rows, and of many.
+    # Less than a tile, tiles of few rows, and of many.
     weight, bias = draw(n, k) * k**-0.5, draw(n)
     for tokens in (5, 40, 300) if device.type == "cuda" else (5, 20):
         slots = [(3 * t) % 4 for t in range(tokens)]

@@ -52,8 +52,6 @@ from .tile_config import (
 )
 from .tile_order import sibling
 
-_PLANE_REGISTERS = 16  # of a thread, for planes of h on their way
-
 Expand = Callable[[Sequence[Tensor], Tensor, Tensor, Tensor, RowSegments], None]
 
 
@@ -293,6 +291,17 @@ def prepare_segmented_expand(
     return run
 
 
+def planes_at_once(planes: int, num_warps: int, elements: int) -> tuple[int, bool]:
+    """Return how many planes of so many elements are added at once, and whether that is all.
+
+    As 16 registers of a thread hold, and rounded to powers of two: numbers of splits bring few
+    kernels.
+    """
+    rounded = 1 << (planes - 1).bit_length()
+    at_once = min(rounded, max(16 * 32 * num_warps // elements, 1))
+    return at_once, at_once == rounded
+
+
 @cached_by_shape
 def _settings(
     config: TileConfig | None,
@@ -319,13 +328,10 @@ def _settings(
         aligned=aligned,
     )
     blocks = sum(-(-n // config.block_n) for n in ns)
-    # Rounded to powers of two: numbers of splits bring few kernels.
-    all_planes = 1 << (planes - 1).bit_length()
-    room = _PLANE_REGISTERS * 32 * config.num_warps // (block_m * config.block_k)
-    at_once = min(all_planes, max(room, 1))
+    at_once, one_step = planes_at_once(planes, config.num_warps, block_m * config.block_k)
     constants: dict[str, Any] = {
         "PLANES": at_once,
-        "ONE_STEP": at_once == all_planes,
+        "ONE_STEP": one_step,
         "BLOCK_N": config.block_n,
         "BLOCK_R": config.block_k,
         "num_warps": config.num_warps,

@@ -10,13 +10,14 @@ saves reading and writing y once more: 151 MB of 8192 rows of q, k, v of 7B.
 Grid: that of ``low_rank_gemm`` forward: persistent, one program for each processor, each walking
 tiles of the outputs, one sibling's after the other's. Row blocks are consecutive rows, in whatever
 order the batch has them, so that tiles move by TMA. Which adapters a tile has is found in its rows'
-slots alone, from the smallest up: most tiles of a prefill have one or two. Each adapter's product
-takes the rows of the others as zeros, and is added to its own rows by a select, so that NaN in one
-adapter does not spread to the tile. It is finished in ``parts`` pieces of the tile's columns: the
+slots alone, from the smallest up: most tiles of a prefill have one or two. The only adapter of a
+tile adds ``(scaling h) B`` to the sum of the frozen product. Of several, each one's product takes
+the rows of the others as zeros, is scaled, and is added to its own rows by a select, so that NaN in
+one adapter does not spread to the tile; in ``parts`` pieces of the tile's columns, so that the
 second accumulator is a fraction of the first.
 
-Everything else is the expand's: the planes of h are added in a fixed order, h enters the products
-in two parts, and the scaling is applied to an fp32 sum.
+Everything else is the expand's: the planes of h are added in a fixed order, and h, or h times the
+scaling, enters the products in two parts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .gemm_tile import column_parts, frozen_product
 from .launch import Launch, describe, form_of
 from .layout import allocator, are_aligned, as_rows
 from .low_rank_gemm import MAX_SIBLINGS, frozen_layouts
-from .segmented_expand import add_product, in_two, sum_planes
+from .segmented_expand import add_product, in_two, planes_at_once, sum_planes
 from .segments import RowSegments, load_b, page_start, starts_early, wait_for_launch_before
 from .tile_config import (
     TileConfig,
@@ -44,8 +45,6 @@ from .tile_config import (
     tile_config_for,
 )
 from .tile_order import grouped_tile, load_tile, sibling, store_tile
-
-_PLANE_REGISTERS = 16  # of a thread, for planes of h on their way
 
 _NO_SLOT = tl.constexpr(2**31 - 1)
 
@@ -159,8 +158,10 @@ def _segmented_gemm_kernel(
             adapters = arena_ptr, descriptors_ptr, s, slots
             _, _, scaling = load_b(descriptors_ptr, s, slots, first)
             is_alone = tl.max((own != first).to(tl.int32), axis=0) == 0
-            if arena_ptr.dtype.element_ty == tl.float16:  # whose range a larger h may leave
-                is_alone = is_alone and tl.abs(scaling) <= 1.0
+            if arena_ptr.dtype.element_ty == tl.float16:
+                # A larger h may leave its range, and the low part of a smaller one be lost.
+                size = tl.abs(scaling)
+                is_alone = is_alone & (size <= 1.0) & (size >= 0.25)
             slot = _NO_SLOT
             if is_alone:
                 accumulator = _add_product_of(
@@ -237,12 +238,15 @@ def prepare_segmented_gemm(
     descriptors: Tensor,
     segments: RowSegments,
     *,
+    after_shrink: bool = False,
     config: TileConfig | None = None,
 ) -> SegmentedGemm:
     """Return ``segmented_gemm`` as a function of the tensors of a call.
 
     It may be called with any that are laid out in memory as these, with biases where these have
-    some: those of another layer of the same shape too.
+    some: those of another layer of the same shape too. ``after_shrink``: the launch before is the
+    shrink that writes ``h``, beside which the frozen product may then begin (sm_90 on): ``x`` and
+    the slots were there before it.
     """
     layout = t, k, *stride_x = as_rows(x)
     planes, siblings, rows, max_rank = h.shape
@@ -257,7 +261,7 @@ def prepare_segmented_gemm(
     ns = tuple([weight.shape[0] for weight in weights])
     aligned = are_aligned(x.dtype, ns, (x, *weights))
     grid, described, tiles, constants = _settings(
-        config, x.device, x.dtype, t, ns, k, max_rank, planes, aligned
+        config, x.device, x.dtype, t, ns, k, max_rank, planes, aligned, after_shrink
     )
     frozen = frozen_layouts([layout], weights, True)
     out_tile, x_tile, weight_tile = tiles
@@ -312,6 +316,7 @@ def _settings(
     max_rank: int,
     planes: int,
     aligned: bool,
+    after_shrink: bool,
 ) -> tuple[tuple[int], bool, tuple[list[int], list[int], list[int]], dict[str, Any]]:
     """Return what a launch is made of.
 
@@ -326,14 +331,11 @@ def _settings(
     # 32 ranks spill 56 to 80 bytes a thread with several planes, and 24 unaligned (sm_90).
     block_r = 32 if planes == 1 and aligned else 16
     block_r = min(block_r, padded_rank(max_rank))
-    # As in segmented_expand: rounded to powers of two, numbers of splits bring few kernels.
-    all_planes = 1 << (planes - 1).bit_length()
-    room = _PLANE_REGISTERS * 32 * config.num_warps // (config.block_m * block_r)
-    at_once = min(all_planes, max(room, 1))
+    at_once, one_step = planes_at_once(planes, config.num_warps, config.block_m * block_r)
     described = aligned and has_descriptors(limits)
     constants: dict[str, Any] = {
         "PLANES": at_once,
-        "ONE_STEP": at_once == all_planes,
+        "ONE_STEP": one_step,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -342,7 +344,7 @@ def _settings(
         "PARTS": config.parts,
         "SIBLINGS": len(ns),
         "USE_DESCRIPTORS": described,
-        "DEPENDENT": starts_early(limits),
+        "DEPENDENT": after_shrink and starts_early(limits),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -36,7 +36,7 @@ class RowSegments(Protocol):
 
     @property
     def order(self) -> Tensor:
-        """``[T]`` int32; not read where every row is a tile of its own."""
+        """``[T]`` int32; not read by ``segmented_gemm``."""
 
     @property
     def tiles(self) -> Tensor:
@@ -103,11 +103,12 @@ def page_start(arena_ptr, page):
 
 
 def starts_early(limits: DeviceLimits) -> bool:
-    """Return whether an expand's programs begin while the shrink before it still runs.
+    """Return whether an expand's programs begin while the launch before it still runs.
 
     By programmatic dependent launch (sm_90 on): they find their tile, and have their part of B
-    fetched into the L2 cache, before they wait for h. Before that nothing is read which a kernel
-    writes, so that it makes no difference which kernel it is that ran before.
+    fetched into the L2 cache, before they wait. What is read until then, metadata and adapters, was
+    written before that launch began: the launch before an expand is the shrink, or a frozen product
+    of the same step.
     """
     return limits.capability >= 90 and not INTERPRETED.value
 

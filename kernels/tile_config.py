@@ -350,7 +350,7 @@ def _segmented_expand_tile(wide: bool, m: int, rank: int, aligned: bool) -> Tile
         return TileConfig(16, block_n, min(rank, 64), num_warps=4, num_stages=3, programs=4)
     # As many programs as run at once. Eight warps would hold the product of hi and that of lo in
     # different layouts, and exchange the sum between them (sm_90).
-    block_n = 128 if aligned else 32
+    block_n = 32 if not aligned else 128 if rank <= 64 else 64
     return TileConfig(64, block_n, min(rank, 64), num_warps=4, num_stages=3, programs=2)
 
 

@@ -38,7 +38,7 @@ def pytest_runtest_protocol(item: pytest.Item):
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            os._exit(1)  # xdist says so, blames the next test, and starts another
+            os._exit(1)  # xdist says so, blames this test once more, and starts another
     return found
 
 

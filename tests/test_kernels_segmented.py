@@ -159,7 +159,7 @@ def test_default_tiles_cover_everything(rows, k):
 
 
 @pytest.mark.parametrize(("rows", "block_m"), [(1, 16), (256, 16), (257, 64)])
-def test_the_number_of_rows_chooses_the_kernel(rows, block_m):
+def test_the_number_of_rows_chooses_the_tile(rows, block_m):
     for operation in ("segmented_shrink", "segmented_expand"):
         tile = default_tile(operation, INTERPRETER, torch.float16, rows, 4096, 4096, 64)
         assert tile.block_m == block_m

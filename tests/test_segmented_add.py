@@ -200,7 +200,7 @@ def test_launches_are_kept_by_all_that_they_were_prepared_for(monkeypatch):
     monkeypatch.setattr(ops, "_segmented_shrinks", {})
     monkeypatch.setattr(ops, "_segmented_expands", kept)
 
-    def check(slots, k=32, ns=(16,), dtype=torch.float32, stride=0, max_rank=16):
+    def check(slots, k=32, ns=(16,), dtype=torch.float32, stride=0, max_rank=16, y_dtype=None):
         torch.manual_seed(len(kept))
         tables = [
             [
@@ -219,7 +219,7 @@ def test_launches_are_kept_by_all_that_they_were_prepared_for(monkeypatch):
             offset += own.numel() // 64
         segments = Segments.of_slots(slots, table=3)
         x = torch.randn(len(slots), k + stride).to(dtype)[:, :k]
-        ys = [torch.randn(len(slots), n).to(dtype) for n in ns]
+        ys = [torch.randn(len(slots), n).to(y_dtype or dtype) for n in ns]
         expected = [
             reference.segmented_add(y.double(), x.double(), by_row(slots, own, torch.float64))
             for y, own in zip(ys, tables, strict=True)
@@ -239,6 +239,7 @@ def test_launches_are_kept_by_all_that_they_were_prepared_for(monkeypatch):
         {"slots": [1, 2, 0], "ns": (24,)},
         {"slots": [1, 2, 0], "ns": (16, 24)},
         {"slots": [1, 2, 0], "dtype": torch.float16},
+        {"slots": [1, 2, 0], "y_dtype": torch.float16},
         {"slots": [1, 2, 0], "stride": 8},
         {"slots": [1, 2, 0], "max_rank": 32},
     ]
