@@ -345,13 +345,15 @@ def _segmented_expand_tile(wide: bool, m: int, rank: int, aligned: bool) -> Tile
         return TileConfig(
             block_m, block_n, min(rank, block_r), num_warps=warps, num_stages=1, programs=4
         )
+    # More ranks of unaligned rows spill 8 to 32 bytes (64 on sm_120; 32 in large tiles on sm_100).
     if m <= DECODE_ROWS:
-        block_n = 128 if aligned else 64
-        return TileConfig(16, block_n, min(rank, 64), num_warps=4, num_stages=3, programs=4)
+        block_n, block_r = (128, min(rank, 64)) if aligned else (64, min(rank, 32))
+        return TileConfig(16, block_n, block_r, num_warps=4, num_stages=3, programs=4)
     # As many programs as run at once. Eight warps would hold the product of hi and that of lo in
     # different layouts, and exchange the sum between them (sm_90).
     block_n = 32 if not aligned else 128 if rank <= 64 else 64
-    return TileConfig(64, block_n, min(rank, 64), num_warps=4, num_stages=3, programs=2)
+    block_r = min(rank, 64 if aligned else 16)
+    return TileConfig(64, block_n, block_r, num_warps=4, num_stages=3, programs=2)
 
 
 def _splits(limits: DeviceLimits, blocks: int, length: int, at_least: int) -> int:
