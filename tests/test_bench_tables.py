@@ -39,7 +39,9 @@ def test_unknown_figures_are_refused():
 
 
 def test_every_committed_row_says_what_it_was_made_with():
-    paths = sorted(tables.RESULTS.glob("*/*.csv"))
+    # gpu.py's own tables have other columns.
+    others = ("sweep.csv", "dram.csv")
+    paths = [path for path in sorted(tables.RESULTS.glob("*/*.csv")) if path.name not in others]
     assert paths
     for path in paths:
         for row in results.read(path):
