@@ -299,7 +299,7 @@ def empty_kernel(x_ptr):
 
 
 def empty_launches(ys: object, x: Tensor, *_: object, **__: object) -> None:
-    """Stand in for ``ops.add_adapters``: as many launches, which do nothing."""
+    """Stand in for ``segmented_ops.add_adapters``: as many launches, which do nothing."""
     for _number in range(LAUNCHES // len(GROUPS)):
         empty_kernel[(1,)](x)
 

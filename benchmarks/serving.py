@@ -62,7 +62,7 @@ from serving_counts import (
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import ops, plans
+from fastlora import plans, segmented_ops
 from fastlora.bench import checking, measuring
 from fastlora.bench.command import write_about
 from fastlora.bench.environment import facts
@@ -87,8 +87,8 @@ PROVIDERS = {8: "fastlora", 4: "fastlora-overlapped"}
 # How the linears run: all launches one after the other; and with shrinks beside the frozen
 # products, as the engine has them in its graphs.
 VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "fastlora": functools.partial(mock.patch.object, ops, "OVERLAPS", False),
-    "fastlora-overlapped": functools.partial(mock.patch.object, ops, "OVERLAPS", True),
+    "fastlora": functools.partial(mock.patch.object, segmented_ops, "OVERLAPS", False),
+    "fastlora-overlapped": functools.partial(mock.patch.object, segmented_ops, "OVERLAPS", True),
 }
 # Whether a prefill's frozen products and the second of the adapters' are one launch; otherwise it
 # runs as the engine has it: in a graph with shrinks beside the frozen products.
@@ -168,10 +168,10 @@ def kernel_case(kernel: str, names: Sequence[str], distinct: int) -> str:
 
 
 def fusing(step: Callable[[], list[Tensor]], fuses: bool) -> Callable[[], list[Tensor]]:
-    """Return a prefill step with ``ops.FUSES_PREFILL`` set, or not, whenever it runs."""
+    """Return a prefill step with ``segmented_ops.FUSES_PREFILL`` set, or not, whenever it runs."""
 
     def run() -> list[Tensor]:
-        with mock.patch.object(ops, "FUSES_PREFILL", fuses):
+        with mock.patch.object(segmented_ops, "FUSES_PREFILL", fuses):
             return step()
 
     return run
@@ -395,8 +395,8 @@ class Session:
                 if self.checked(served, step, [(rows, requests)], inputs, row):
                     steps[variant, distinct], about[variant, distinct] = step, row
             with (
-                mock.patch.object(ops, "OVERLAPS", False),
-                mock.patch.object(ops, "add_adapters", empty_launches),
+                mock.patch.object(segmented_ops, "OVERLAPS", False),
+                mock.patch.object(segmented_ops, "add_adapters", empty_launches),
             ):
                 rows = Rows(count, served.pool)
                 steps["empty"] = self.capture(served.step(inputs, inputs[0], rows, rows), pool)

@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from fastlora import AdapterPool, ops, plans
+from fastlora import AdapterPool, plans, segmented_ops
 from fastlora.bench import counting
 from fastlora.bench.providers import DecoderLayer
 from fastlora.bench.shapes import INPUTS, MODELS, RANK, Linear, Model
@@ -178,7 +178,7 @@ def recording(batch: Batch) -> Iterator[counting.Recorder]:
                 stand_in = _Kernel(recorder, name, parameters, batch)
                 stack.enter_context(mock.patch.object(module, name, stand_in))
         # The recorder watches, and would see the whole of it as one operator.
-        stack.enter_context(mock.patch.object(ops, "is_watched", return_value=False))
+        stack.enter_context(mock.patch.object(segmented_ops, "is_watched", return_value=False))
         stack.enter_context(mock.patch.object(plans, "segmented_reason", return_value=""))
         yield recorder
 

@@ -19,7 +19,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from fastlora import ops, plans, rules
+from fastlora import plans, rules, segmented_ops
 from fastlora.segmented import Adapters, Factors, pack
 from fastlora.segments import Segments
 
@@ -75,7 +75,7 @@ def forward(layer: PeftLinear, x: Tensor, names: Sequence[str]) -> Tensor:
     segments = _segments(tuple(names), each, x.device)
     y = y.contiguous()
     arena, descriptors = adapters.packed()
-    ops.add_adapters(
+    segmented_ops.add_adapters(
         [y.view(-1, y.shape[-1])],
         rows,
         arena,

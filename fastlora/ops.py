@@ -22,7 +22,6 @@ device is current.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -32,11 +31,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlora import dropout, plain, plans, segmented
+from fastlora import dropout, plain, plans
 from fastlora.kernels.layout import are_aligned, as_rows, mask_kind
-from fastlora.kernels.tile_config import allows_tf32
-from fastlora.segmented import Adapters
-from fastlora.segments import MAX_DECODE_TOKENS, Segments
 
 _SCHEMAS = {
     "shrink": (
@@ -57,20 +53,7 @@ _SCHEMAS = {
         "float dropout_p, *, ScalarType dtype, ScalarType grad_dtype) -> Tensor dx"
     ),
     # Of a batch whose rows have adapters of their own; it has no backward pass.
-    "segmented_add": (
-        "(Tensor(a!)[] ys, Tensor x, Tensor arena, Tensor descriptors, Tensor slots, Tensor order, "
-        "Tensor tiles, int block_m, int max_rank) -> ()"
-    ),
 }
-
-_Key = tuple[Any, ...]
-
-# While a CUDA graph is captured, shrinks get a stream beside the frozen products (with_adapters).
-# A decode step of the linears of Qwen2.5-7B, 64 rows with 16 adapters: 5.81 ms for 6.09 (H200).
-OVERLAPS = True
-# Prefills may take linears_with_adapters. Off, because nobody has timed it on a GPU yet; by counted
-# bytes it wins from some thousand rows on.
-FUSES_PREFILL = False
 
 Shrink = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
 # With DoRA: the scale of each output's columns, and where the unscaled results are to be written.
@@ -95,15 +78,9 @@ def _launchers() -> SimpleNamespace:
         prepare_low_rank_term,
         prepare_scaled_gemm,
     )
-    from fastlora.kernels.segmented_expand import prepare_segmented_expand
-    from fastlora.kernels.segmented_gemm import prepare_segmented_gemm
-    from fastlora.kernels.segmented_shrink import prepare_segmented_shrink
     from fastlora.kernels.shrink import prepare_shrink
 
     return SimpleNamespace(
-        segmented_shrink=prepare_segmented_shrink,
-        segmented_expand=prepare_segmented_expand,
-        segmented_gemm=prepare_segmented_gemm,
         shrink=prepare_shrink,
         low_rank_gemm=prepare_low_rank_gemm,
         low_rank_term=prepare_low_rank_term,
@@ -113,7 +90,7 @@ def _launchers() -> SimpleNamespace:
     )
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make a device the current one: Triton launches there, wherever its operands are."""
     return _NOTHING if is_current(device) else torch.cuda.device(device)
 
@@ -126,7 +103,7 @@ def is_current(device: torch.device) -> bool:
 _NOTHING = nullcontext()
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Switch autocast off around PyTorch's operations: they are told what to compute in."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return _NOTHING
@@ -186,7 +163,7 @@ def prepare_shrink(
 
         def run(x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
             operands = (matrix(x), lora_as, seed, dropout_p, return_bits)
-            with _without_autocast(x.device.type):
+            with without_autocast(x.device.type):
                 h, bits = plain.shrink(*operands, rank_dtype=rank_dtype)
             return h, bits if return_bits else None
 
@@ -212,7 +189,7 @@ def _shrink(
     rank_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     dropped = seed is not None
-    with _on(x.device):
+    with on_device(x.device):
         run = prepare_shrink(
             x, lora_as, dropout_p, dropped=dropped, return_bits=return_bits, rank_dtype=rank_dtype
         )
@@ -239,7 +216,7 @@ def prepare_low_rank_gemm(
 
         def run(x: Tensor, h: Tensor, ys: Sequence[Tensor]) -> None:
             operands = (_matrices(ys), matrix(x), weights, biases, h, lora_bs, gains)
-            with _without_autocast(x.device.type):
+            with without_autocast(x.device.type):
                 plain.fill_low_rank_gemm(*operands)
 
         return run
@@ -258,7 +235,7 @@ def prepare_low_rank_gemm(
     def run_hybrid(x: Tensor, h: Tensor, ys: Sequence[Tensor]) -> None:
         term(h, ys)
         rows = matrix(x)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             for y, weight in zip(ys, weights, strict=True):
                 matrix(y).addmm_(rows, weight.t())
 
@@ -298,7 +275,7 @@ def prepare_scaled_gemm(
     ) -> None:
         us = ys if unscaled is None else unscaled
         unscaled_gemm(x, h, us)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             for y, u, scale, bias in zip(ys, us, scales, biases, strict=True):
                 plain.fill_scaled(y, u, scale, bias)
 
@@ -354,7 +331,7 @@ def _low_rank_gemm(
 ) -> list[Tensor]:
     x, weights = _cast(x, dtype), [_cast(weight, dtype) for weight in weights]
     ys = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
-    with _on(x.device):
+    with on_device(x.device):
         run = prepare_low_rank_gemm(x, weights, biases, lora_bs, gains, rank_dtype=h.dtype)
         run(x, h, ys)
     return ys
@@ -398,7 +375,7 @@ def prepare_adapter_grads(
         ) -> Grads:
             rows = None if x is None else matrix(x)
             operands = (_matrices(dys), rows, h, lora_bs, mask, gains, dropout_p)
-            with _without_autocast(device.type):
+            with without_autocast(device.type):
                 return plain.adapter_grads(*operands, **options)
 
         return run
@@ -422,7 +399,7 @@ def _adapter_grads(
     rank_dtype: torch.dtype,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    with _on(dys[0].device):
+    with on_device(dys[0].device):
         run = prepare_adapter_grads(
             dys,
             x,
@@ -471,7 +448,7 @@ def prepare_input_grad(
 
         def run(dys: Sequence[Tensor], dh: Tensor, mask: Tensor | None, dx: Tensor) -> None:
             operands = (matrix(dx), _matrices(dys), weights, dh, lora_as, mask, dropout_p)
-            with _without_autocast(device.type):
+            with without_autocast(device.type):
                 plain.fill_input_grad(*operands, dtype=dtype)
 
         return run
@@ -497,7 +474,7 @@ def prepare_input_grad(
         # As in the forward pass: the low-rank terms first, of all siblings at once.
         launch([], dh, mask, dx)
         rows = matrix(dx)
-        with _without_autocast(device.type):
+        with without_autocast(device.type):
             for dy, weight in zip(_matrices(dys), weights, strict=True):
                 if grad_dtype == dtype:
                     rows.addmm_(dy, weight)
@@ -521,322 +498,34 @@ def _input_grad(
     dys, weights = [_cast(dy, dtype) for dy in dys], [_cast(weight, dtype) for weight in weights]
     dx = dys[0].new_empty((dys[0].shape[0], lora_as[0].shape[1]), dtype=grad_dtype)
     options = {"rank_dtype": dh.dtype, "grad_dtype": grad_dtype}
-    with _on(dx.device):
+    with on_device(dx.device):
         run = prepare_input_grad(dys, weights, lora_as, mask_kind(mask), dropout_p, **options)
         run(dys, dh, mask, dx)
     return dx
 
 
-def add_adapters(
-    ys: Sequence[Tensor],
-    x: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-    *,
-    max_rank: int,
-    adapters: Callable[[int, tuple[int, ...]], Adapters],
-) -> None:
-    """``segmented_add``, past torch's dispatcher where nobody watches.
-
-    Args:
-        ys: for each sibling ``[T, N_s]``.
-        x: ``[T, K]``.
-        arena: with the weights of all adapters.
-        descriptors: ``[S, slots, 4]``, where in it they are.
-        segments: which adapter every row has.
-        max_rank: at least every adapter's, a multiple of 16.
-        adapters: returns the adapters of a sibling in some slots, for PyTorch.
-    """
-    if is_watched(x):
-        tensors = (arena, descriptors, segments.slots, segments.order, segments.tiles)
-        segmented_add(list(ys), x, *tensors, segments.block_m, max_rank)
-    elif _segmented_plan(ys, x, max_rank) == plans.PLAIN:
-        runs = segments.on_host()
-        with _without_autocast(x.device.type):
-            for s, y in enumerate(ys):
-                segmented.add_adapters(y, x, adapters(s, runs.slots), runs)
-    else:
-        _launch_segmented(ys, x, arena, descriptors, segments, max_rank)
-
-
-def with_adapters(
-    compute: Callable[[], list[Tensor]],
-    x: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-    *,
-    max_rank: int,
-    adapters: Callable[[int, tuple[int, ...]], Adapters],
-) -> list[Tensor]:
-    """Compute the outputs of frozen layers and add every row's low-rank term, as ``add_adapters``.
-
-    While a CUDA graph is captured the shrink has a stream of its own, beside the frozen products:
-    most of its time is that of a launch, and of four loads that wait for each other. (A decode step
-    of 7B's linears in a graph, 64 rows with 16 adapters, H200: 3 us a layer less than one after
-    the other, of 51.)
-
-    Args:
-        compute: returns for each sibling ``[..., N_s]``, contiguous; they are changed in place.
-        x: as in ``add_adapters``, and what follows.
-
-    Returns:
-        What ``compute`` returned.
-    """
-    if not (OVERLAPS and _may_overlap(x)):
-        ys = compute()
-        flat = [y.view(-1, y.shape[-1]) for y in ys]
-        options: dict[str, Any] = {"max_rank": max_rank, "adapters": adapters}
-        add_adapters(flat, x, arena, descriptors, segments, **options)
-        return ys
-    operands = (arena, descriptors, segments)
-    key = _segmented_key(x, *operands, max_rank)
-    with _on(x.device):
-        main, beside = torch.cuda.current_stream(), _stream_beside(x.device)
-        beside.wait_stream(main)
-        with torch.cuda.stream(beside):
-            h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
-        try:
-            ys = compute()
-        finally:  # a capture that fails is to say why, and not that a stream was left open
-            main.wait_stream(beside)
-        flat = [y.view(-1, y.shape[-1]) for y in ys]
-        _expand_of(key, flat, h, *operands)(flat, h, *operands)
-    return ys
-
-
-def _may_overlap(x: Tensor) -> bool:
-    # Without a graph a second stream costs the host more than the device saves.
-    if x.device.type != "cuda" or is_watched(x):
-        return False
-    with _on(x.device):
-        # The plan of segmented operations is not a matter of columns.
-        capturing = torch.cuda.is_current_stream_capturing()
-        return capturing and _segmented_plan((), x, 16) != plans.PLAIN
-
-
-def fuses_linears(x: Tensor, weights: Sequence[Tensor], arena: Tensor, max_rank: int) -> bool:
-    """Return whether ``linears_with_adapters`` can compute frozen layers and their adapters.
-
-    Not a step that generates, whose tiles would be mostly empty; nor where gradients, autocast or
-    a subclass of tensors mean more by the frozen product than the numbers in it.
-
-    Args:
-        x: ``[..., K]``.
-        weights: for each sibling ``[N_s, K]``.
-        arena: with the weights of all adapters.
-        max_rank: at least every adapter's.
-    """
-    (t, k, *_), device, dtype = as_rows(x), x.device, x.dtype
-    return (
-        t > MAX_DECODE_TOKENS
-        and dtype == arena.dtype
-        and all(type(w) in _PLAIN_TENSORS and w.dtype == dtype for w in weights)
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(device.type)
-        and not is_watched(x)
-        and are_aligned(dtype, [w.shape[0] for w in weights], (x, *weights))
-        and plans.plan_for(
-            "segmented_gemm",
-            device,
-            dtype,
-            t,
-            _sum_of_rows(weights),
-            k,
-            max_rank,
-            siblings=len(weights),
-        )
-        == plans.FUSED
-    )
-
-
-def linears_with_adapters(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-    *,
-    max_rank: int,
-) -> list[Tensor]:
-    """Compute frozen layers with every row's low-rank term, in two launches.
-
-    Args:
-        x: ``[T, K]``, of which ``fuses_linears`` has to be true, with what follows.
-        weights: for each sibling, at most four, ``[N_s, K]``.
-        biases: for each ``[N_s]`` or ``None``.
-        arena: as in ``add_adapters``, and what follows.
-
-    Returns:
-        For each ``[T, N_s]``, contiguous.
-    """
-    operands = (arena, descriptors, segments)
-    key = _segmented_key(x, *operands, max_rank)
-    with _on(x.device):
-        h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
-        gemm = _gemm_of(key, x, weights, biases, h, *operands)
-        return gemm(x, weights, biases, h, *operands)
-
-
-def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    """Return a stream of this thread: two threads may capture at once."""
-    streams: dict[torch.device, torch.cuda.Stream] = _local.__dict__.setdefault("streams", {})
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-    return streams[device]
-
-
-_local = threading.local()
-
-
-def _segmented_plan(ys: Sequence[Tensor], x: Tensor, max_rank: int) -> plans.Plan:
-    columns = sum(y.shape[1] for y in ys)
-    t, k = x.shape
-    return plans.plan_for("segmented_add", x.device, x.dtype, t, columns, k, max_rank)
-
-
-def _launch_segmented(
-    ys: Sequence[Tensor],
-    x: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-    max_rank: int,
-) -> None:
-    operands = (arena, descriptors, segments)
-    key = _segmented_key(x, *operands, max_rank)
-    with _on(x.device):
-        h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
-        _expand_of(key, ys, h, *operands)(ys, h, *operands)
-
-
-def _segmented_key(
-    x: Tensor, arena: Tensor, descriptors: Tensor, segments: Segments, max_rank: int
-) -> _Key:
-    """Return all that a shrink is prepared for: the layers of a model take turns with one."""
-    tiles = segments.tiles
-    return (
-        plans.generation(),
-        x.dtype == torch.float32 and allows_tf32(),
-        x.device,
-        x.dtype,
-        x.shape,
-        x.stride(),
-        x.data_ptr() % 16,
-        arena.data_ptr() % 16,
-        descriptors.shape,
-        max_rank,
-        segments.block_m,
-        tiles.shape,
-        tiles.stride(),
-    )
-
-
-def _shrink_of(
-    key: _Key, x: Tensor, arena: Tensor, descriptors: Tensor, segments: Segments, max_rank: int
-) -> Callable[..., Tensor]:
-    shrink = _segmented_shrinks.get(key)
-    if shrink is None:
-        prepare = _launchers().segmented_shrink
-        shrink = prepare(x, arena, descriptors, segments, max_rank=max_rank)
-        _keep(_segmented_shrinks, key, shrink)
-    return shrink
-
-
-def _expand_of(
-    key: _Key,
-    ys: Sequence[Tensor],
-    h: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-) -> Callable[..., None]:
-    key += tuple([(y.dtype, y.shape[1], y.stride(), y.data_ptr() % 16) for y in ys])
-    expand = _segmented_expands.get(key)
-    if expand is None:
-        expand = _launchers().segmented_expand(ys, h, arena, descriptors, segments)
-        _keep(_segmented_expands, key, expand)
-    return expand
-
-
-def _gemm_of(
-    key: _Key,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    h: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-) -> Callable[..., list[Tensor]]:
-    key += tuple([(w.shape[0], w.stride(), w.data_ptr() % 16) for w in weights])
-    key += tuple([None if b is None else b.data_ptr() % 16 for b in biases])
-    after_shrink = segments.tiles.shape[1] > 0  # else none is launched
-    gemm = _segmented_gemms.get(key)
-    if gemm is None:
-        operands = (x, weights, biases, h, arena, descriptors, segments)
-        gemm = _launchers().segmented_gemm(*operands, after_shrink=after_shrink)
-        _keep(_segmented_gemms, key, gemm)
-    return gemm
-
-
-def _keep(kept: dict[_Key, Any], key: _Key, launch: Any) -> None:
-    if len(kept) >= _MAX_LAUNCHES:
-        kept.clear()
-    kept[key] = launch
-
-
-_segmented_shrinks: dict[_Key, Callable[..., Tensor]] = {}
-_segmented_expands: dict[_Key, Callable[..., None]] = {}
-_segmented_gemms: dict[_Key, Callable[..., list[Tensor]]] = {}
-_MAX_LAUNCHES = 1024  # four groups of a model, at 256 sizes of a batch
-
-
-def _segmented_add(
-    ys: list[Tensor],
-    x: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    tiles: Tensor,
-    block_m: int,
-    max_rank: int,
-) -> None:
-    segments = Segments(slots, order, tiles, block_m)
-    if _segmented_plan(ys, x, max_rank) != plans.PLAIN:
-        _launch_segmented(ys, x, arena, descriptors, segments, max_rank)
-        return
-    runs = segments.on_host()
-    with _without_autocast(x.device.type):
-        for y, table in zip(ys, descriptors, strict=True):
-            found = segmented.unpack(arena, table, runs.slots, x.shape[1], y.shape[1])
-            segmented.add_adapters(y, x, found, runs)
-
-
-def _segmented_add_outputs(*operands: Any) -> None:
-    """Return nothing: the outputs are operands."""
-
-
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 
 
-def _register(
-    name: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+def register(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    _LIBRARY.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+    """Register an operator for every device, with what it returns while it is traced."""
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastlora, name).default
 
 
-shrink = _register("shrink", _shrink, plain.shrink_outputs)
-low_rank_gemm = _register("low_rank_gemm", _low_rank_gemm, plain.low_rank_gemm_outputs)
-adapter_grads = _register("adapter_grads", _adapter_grads, plain.adapter_grads_outputs)
-input_grad = _register("input_grad", _input_grad, plain.input_grad_output)
-segmented_add = _register("segmented_add", _segmented_add, _segmented_add_outputs)
+def _registered(implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = implementation.__name__.removeprefix("_")
+    return register(name, _SCHEMAS[name], implementation, fake)
+
+
+shrink = _registered(_shrink, plain.shrink_outputs)
+low_rank_gemm = _registered(_low_rank_gemm, plain.low_rank_gemm_outputs)
+adapter_grads = _registered(_adapter_grads, plain.adapter_grads_outputs)
+input_grad = _registered(_input_grad, plain.input_grad_output)
 
 DISPATCHED = SimpleNamespace(
     shrink=shrink,
@@ -861,7 +550,7 @@ def is_watched(x: Tensor) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or type(x) not in _PLAIN_TENSORS
+        or type(x) not in PLAIN_TENSORS
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
@@ -874,4 +563,4 @@ def for_call(x: Tensor) -> SimpleNamespace:
     return DISPATCHED if is_watched(x) else DIRECT
 
 
-_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))

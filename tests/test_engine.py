@@ -1302,8 +1302,8 @@ def test_launches_of_a_batch_are_alike_whatever_is_loaded_meanwhile(judge, tmp_p
             engine.adapters.load("wide", tmp_path / "wide")
         return add(*args, max_rank=max_rank, **kwargs)
 
-    add = linears.ops.add_adapters
-    monkeypatch.setattr(linears.ops, "add_adapters", add_adapters)
+    add = linears.segmented_ops.add_adapters
+    monkeypatch.setattr(linears.segmented_ops, "add_adapters", add_adapters)
     with make(judge) as engine:
         ask(engine, [prompt_of(5)], "all-4", 2)
     # Four groups of each of two layers, and the head.

@@ -247,8 +247,8 @@ def test_kernels_say_what_peft_says(tmp_path, monkeypatch):
         launched.append(len(ys))
         launch_segmented(ys, *rest)
 
-    launch_segmented = linears.ops._launch_segmented
-    monkeypatch.setattr(linears.ops, "_launch_segmented", launch)
+    launch_segmented = linears.segmented_ops._launch
+    monkeypatch.setattr(linears.segmented_ops, "_launch", launch)
     with engine_of(served_model(**small), judge.folders) as engine:
         assert ask(engine, prompts, names, 3) == judge.answers(prompts, names, 3)
     # q, k and v in one launch, gate and up in one, in each of three steps; and the head.

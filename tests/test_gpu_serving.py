@@ -15,7 +15,7 @@ from serving import Captured, Rows, Served
 from test_gpu import CUDA, SMALL
 from test_kernels_paged_attention import make_batch
 
-from fastlora import ops, plans
+from fastlora import plans, segmented_ops
 from fastlora.bench import measuring
 from fastlora.bench.shapes import MODELS, Model
 from fastlora.segments import Segments
@@ -58,7 +58,7 @@ def test_kernels_are_as_accurate_as_torch(shape, rows, dtype):
     _, native = apply_adapters(x, ys, adapters, slots)
     made = Segments.of_slots(slots, table=len(RANKS), device=x.device)
     metadata = (made.slots, made.order, made.tiles, made.block_m)
-    ops.segmented_add(ys, x, arena, descriptors, *metadata, 64)
+    segmented_ops.segmented_add(ys, x, arena, descriptors, *metadata, 64)
     for s, results in enumerate(zip(ys, native, exact, strict=True)):
         assert_kernel_as_accurate(*results, name=f"y {s}")
 
@@ -132,7 +132,7 @@ def test_shrinks_beside_the_frozen_products_change_no_bit(tokens, monkeypatch):
     model, slots = small(5)
     results = []
     for overlaps in (True, False):
-        monkeypatch.setattr(ops, "OVERLAPS", overlaps)
+        monkeypatch.setattr(segmented_ops, "OVERLAPS", overlaps)
         step, rows, _, _ = captured(model, tokens)
         rows.tell(serving.in_turns(slots, tokens))
         for _ in range(3):  # the next one writes where this one is still read, if nothing waits

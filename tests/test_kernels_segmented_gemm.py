@@ -16,7 +16,7 @@ from served import Captured, Served, runs_of
 from torch.nn import functional
 
 import fastlora
-from fastlora import ops, plans
+from fastlora import plans, segmented_ops
 from fastlora.bench.shapes import MODELS
 from fastlora.kernels.segmented_gemm import prepare_segmented_gemm, segmented_gemm
 from fastlora.kernels.segmented_shrink import segmented_shrink
@@ -336,8 +336,8 @@ def test_any_mix_of_adapters(case):
 @pytest.fixture
 def fused(monkeypatch):
     """Let prefills be fused, from three rows on."""
-    monkeypatch.setattr(ops, "FUSES_PREFILL", True)
-    monkeypatch.setattr(ops, "MAX_DECODE_TOKENS", 2)
+    monkeypatch.setattr(segmented_ops, "FUSES_PREFILL", True)
+    monkeypatch.setattr(segmented_ops, "MAX_DECODE_TOKENS", 2)
     with fastlora.backend("fused"), torch.no_grad():
         yield
 
@@ -348,7 +348,7 @@ def test_a_prepared_operator_is_right_for_every_layer():
         batch = Batch(replace(GROUP, slots=slots))
         segments = RealSegments.of_slots(slots, table=4, device=DEVICE)
         operands = batch.x, batch.weights, batch.biases, batch.arena, batch.descriptors, segments
-        batch.check(ops.linears_with_adapters(*operands, max_rank=16))
+        batch.check(segmented_ops.linears_with_adapters(*operands, max_rank=16))
 
 
 @pytest.mark.usefixtures("fused")
@@ -356,7 +356,7 @@ def test_what_is_not_a_prefill_of_plain_halves_is_not_fused(monkeypatch):
     batch = Batch(GROUP)
 
     def fuses(x=batch.x, weights=batch.weights, arena=batch.arena):
-        return ops.fuses_linears(x, weights, arena, 16)
+        return segmented_ops.fuses_linears(x, weights, arena, 16)
 
     assert fuses()
     assert not fuses(x=batch.x[:2])
@@ -396,7 +396,7 @@ def test_linears_of_a_model_are_fused_and_right(monkeypatch):
     assert model.check(model.step(inputs, None, rows, rows)(), inputs, requests) <= 1
     # q, k, v; o; gate, up; down: all siblings at once.
     assert [len(ys) for ys in calls] == [3, 1, 2, 1]
-    monkeypatch.setattr(ops, "FUSES_PREFILL", False)
+    monkeypatch.setattr(segmented_ops, "FUSES_PREFILL", False)
     assert model.check(model.step(inputs, None, rows, rows)(), inputs, requests) <= 1
     assert calls[4:] == [None] * 4
 
@@ -423,7 +423,7 @@ def test_real_sizes_in_a_graph(names, rows):
     operands = batch.x, batch.weights, batch.biases, batch.arena, batch.descriptors, segments
 
     def step():
-        return ops.linears_with_adapters(*operands, max_rank=256)
+        return segmented_ops.linears_with_adapters(*operands, max_rank=256)
 
     captured = Captured(step, DEVICE, None)
     runs = [slot for slot, count in runs_of([1, 2, 0, 3, 4], rows) for _ in range(count)]

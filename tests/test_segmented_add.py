@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastlora
-from fastlora import ops, plans, reference
+from fastlora import plans, reference, segmented_ops
 from fastlora.segmented import Adapters, Factors, add_adapters, pack
 from fastlora.segments import Runs, Segments, rows_of_a_tile, tile_count
 
@@ -73,7 +73,7 @@ def test_the_operator_reads_packed_adapters(slots):
     x, y = torch.randn(len(slots), K), torch.randn(len(slots), N)
     exact = reference.segmented_add(y.double(), x.double(), by_row(slots, factors, torch.float64))
     native = reference.segmented_add(y, x, by_row(slots, factors))
-    ops.segmented_add([y], x, arena, descriptors, *fields(segments), 16)
+    segmented_ops.segmented_add([y], x, arena, descriptors, *fields(segments), 16)
     assert_as_accurate(y, native, exact)
 
 
@@ -159,7 +159,7 @@ def test_operator_is_well_formed(slots):
     segments = Segments.of_slots(slots, table=5)
     x, y = torch.randn(len(slots), K), torch.randn(len(slots), N)
     arguments = ([y], x, arena, descriptors, *fields(segments), 16)
-    torch.library.opcheck(ops.segmented_add, arguments)
+    torch.library.opcheck(segmented_ops.segmented_add, arguments)
 
 
 def test_compiles_without_a_break():
@@ -171,7 +171,7 @@ def test_compiles_without_a_break():
 
     def run(y, x):
         y = y * 1.0
-        ops.segmented_add([y], x, arena, descriptors, *fields(segments), 16)
+        segmented_ops.segmented_add([y], x, arena, descriptors, *fields(segments), 16)
         return y + 1
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -197,8 +197,8 @@ def test_packed_weights_come_back_as_they_were():
 def test_launches_are_kept_by_all_that_they_were_prepared_for(monkeypatch):
     """A kernel that is launched for another shape than it was made for is wrong, silently."""
     kept: dict[object, object] = {}
-    monkeypatch.setattr(ops, "_segmented_shrinks", {})
-    monkeypatch.setattr(ops, "_segmented_expands", kept)
+    monkeypatch.setattr(segmented_ops, "_shrinks", {})
+    monkeypatch.setattr(segmented_ops, "_expands", kept)
 
     def check(slots, k=32, ns=(16,), dtype=torch.float32, stride=0, max_rank=16, y_dtype=None):
         torch.manual_seed(len(kept))
@@ -225,7 +225,7 @@ def test_launches_are_kept_by_all_that_they_were_prepared_for(monkeypatch):
             for y, own in zip(ys, tables, strict=True)
         ]
         with fastlora.backend("fused"):
-            ops.add_adapters(
+            segmented_ops.add_adapters(
                 ys, x, arena, torch.stack(rows), segments, max_rank=max_rank, adapters=None
             )
         for y, exact in zip(ys, expected, strict=True):

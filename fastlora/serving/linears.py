@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastlora import ops
+from fastlora import segmented_ops
 from fastlora.adapters.pool import AdapterPool, Group
 from fastlora.segments import Segments
 
@@ -164,7 +164,7 @@ class Routing:
     ) -> list[Tensor]:
         """Compute the outputs of a group and add every row's low-rank term to them, in place."""
         pool = self.pool
-        return ops.with_adapters(
+        return segmented_ops.with_adapters(
             compute,
             x.reshape(-1, x.shape[-1]),
             pool.arena,
@@ -186,13 +186,15 @@ class Routing:
 
         ``None``: it is not to be done for these.
         """
-        if not ops.FUSES_PREFILL:
+        if not segmented_ops.FUSES_PREFILL:
             return None
         linears = [member for member in members if type(member) is RoutedLinear]
         weights, arena = [linear.weight for linear in linears], self.pool.arena
-        if len(linears) < len(members) or not ops.fuses_linears(x, weights, arena, max_rank):
+        if len(linears) < len(members) or not segmented_ops.fuses_linears(
+            x, weights, arena, max_rank
+        ):
             return None
-        ys = ops.linears_with_adapters(
+        ys = segmented_ops.linears_with_adapters(
             x.reshape(-1, x.shape[-1]),
             weights,
             [linear.bias for linear in linears],
