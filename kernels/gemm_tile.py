@@ -1,4 +1,7 @@
-"""What happens to one tile of ``low_rank_gemm``: the frozen product, a low-rank one, its pieces."""
+"""What happens to one tile of a GEMM with low-rank terms: the products, its pieces, its store.
+
+Of ``low_rank_gemm`` and ``segmented_gemm``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .dtypes import dot
-from .tile_order import load_tile
+from .tile_order import load_tile, store_tile
 
 
 @triton.jit
@@ -69,3 +72,29 @@ def column_parts(tile, PARTS: tl.constexpr):
             c, d = tl.split(tl.permute(tl.reshape(right, (M, 2, N // 4)), (0, 2, 1)))
             parts = (a, b, c, d)
     return parts
+
+
+@triton.jit
+def store_part(
+    out, part, bias_ptr, first_row, M, column, N,
+    BLOCK_M: tl.constexpr, PART_N: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Add the bias to a piece of a tile, round it and store it; ``out``: descriptor or pointer."""
+    if bias_ptr is not None:
+        columns = column + tl.arange(0, PART_N)
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        part += bias.to(tl.float32)[None, :]
+    if USE_DESCRIPTORS:
+        out.store([first_row, column], part.to(out.dtype))
+    else:
+        store_tile(out, N, 1, first_row, M, column, N, part, BLOCK_M, PART_N)
+
+
+@triton.jit
+def next_first_tile(first_tile, tiles):
+    """Return this program's first tile of the next output.
+
+    They go on where this output's ended: no program takes two more than another.
+    """
+    programs = tl.num_programs(0)
+    return (first_tile + programs - tiles % programs) % programs

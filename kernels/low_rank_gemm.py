@@ -32,7 +32,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import dot_precision
-from .gemm_tile import column_parts, frozen_product, low_rank_product
+from .gemm_tile import (
+    column_parts,
+    frozen_product,
+    low_rank_product,
+    next_first_tile,
+    store_part,
+)
 from .launch import Launch, describe, form_of
 from .layout import are_aligned, as_rows, mask_kind
 from .philox import expand_bits, load_bits
@@ -183,26 +189,19 @@ def _low_rank_gemm_kernel(
                             MASK == "seed", BLOCK_M, PART_N,
                         )  # fmt: skip
                         part += tl.where(expand_bits(bits, BLOCK_M, PART_N), term, 0.0)
-                columns = column + tl.arange(0, PART_N)
                 if output.unscaled is not None:
                     store_tile(
                         output.unscaled, N, 1, first_row, M, column, N, part, BLOCK_M, PART_N
                     )
                 if output.scale is not None:
+                    columns = column + tl.arange(0, PART_N)
                     scale = tl.load(output.scale + columns, mask=columns < N, other=0.0)
                     part *= scale.to(tl.float32)[None, :]
-                if output.bias is not None:
-                    bias = tl.load(output.bias + columns, mask=columns < N, other=0.0)
-                    part += bias.to(tl.float32)[None, :]
-                if USE_DESCRIPTORS:
-                    out.store([first_row, column], part.to(out.dtype))
-                else:
-                    store_tile(out, N, 1, first_row, M, column, N, part, BLOCK_M, PART_N)
-        # The next output's tiles go on where this one's ended: no program takes two more than
-        # another.
-        first_tile = (first_tile + tl.num_programs(0) - tiles % tl.num_programs(0)) % (
-            tl.num_programs(0)
-        )
+                store_part(
+                    out, part, output.bias, first_row, M, column, N,
+                    BLOCK_M, PART_N, USE_DESCRIPTORS,
+                )  # fmt: skip
+        first_tile = next_first_tile(first_tile, tiles)
 
 
 def low_rank_gemm(

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm_tile import column_parts, frozen_product
+from .gemm_tile import column_parts, frozen_product, next_first_tile, store_part
 from .launch import Launch, describe, form_of
 from .layout import allocator, are_aligned, as_rows
 from .low_rank_gemm import MAX_SIBLINGS, frozen_layouts
@@ -44,7 +44,7 @@ from .tile_config import (
     padded_rank,
     tile_config_for,
 )
-from .tile_order import grouped_tile, load_tile, sibling, store_tile
+from .tile_order import grouped_tile, load_tile, sibling
 
 _NO_SLOT = tl.constexpr(2**31 - 1)
 
@@ -182,18 +182,11 @@ def _segmented_gemm_kernel(
                     )  # fmt: skip
                     part += scaling * tl.where((own == next_slot)[:, None], term, 0.0)
                     next_slot = _next_slot(own, next_slot)
-                columns = column + tl.arange(0, PART_N)
-                if output.bias is not None:
-                    bias = tl.load(output.bias + columns, mask=columns < N, other=0.0)
-                    part += bias.to(tl.float32)[None, :]
-                if USE_DESCRIPTORS:
-                    out.store([first_row, column], part.to(out.dtype))
-                else:
-                    store_tile(out, N, 1, first_row, T, column, N, part, BLOCK_M, PART_N)
-        # As in low_rank_gemm: no program takes two tiles more than another.
-        first_tile = (first_tile + tl.num_programs(0) - tiles % tl.num_programs(0)) % (
-            tl.num_programs(0)
-        )
+                store_part(
+                    out, part, output.bias, first_row, T, column, N,
+                    BLOCK_M, PART_N, USE_DESCRIPTORS,
+                )  # fmt: skip
+        first_tile = next_first_tile(first_tile, tiles)
 
 
 def segmented_gemm(
