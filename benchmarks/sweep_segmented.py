@@ -15,19 +15,27 @@ import itertools
 import math
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from served import in_turns, runs_of
+from torch import Tensor
 
 from fastlora.bench import measuring
 from fastlora.bench.shapes import GROUPS, MODELS
 from fastlora.kernels import segmented_expand, segmented_shrink
-from fastlora.kernels.tile_config import TileConfig, default_tile, device_limits
-from fastlora.segments import PAGE, TILE_ROWS, Segments, fill, pages_of
+from fastlora.kernels.tile_config import (
+    TileConfig,
+    default_tile,
+    device_limits,
+    forget_tiles,
+    padded_rank,
+)
+from fastlora.segments import MAX_DECODE_TOKENS, PAGE, Segments, pages_of
 from fastlora.timing import measure_us
 
 if TYPE_CHECKING:
@@ -47,7 +55,11 @@ class Case:
     rows: int
     adapters: int
     rank: int = RANK
-    block_m: int = 16
+
+    @property
+    def generates(self) -> bool:
+        """Return whether its rows are those of a step that generates, one of a request each."""
+        return self.rows <= MAX_DECODE_TOKENS
 
     @property
     def ns(self) -> tuple[int, ...]:
@@ -64,8 +76,7 @@ PREFILL = ((1, 512), (16, 512), (1, 8192))
 
 def cases(groups: Sequence[tuple[str, ...]] = GROUPS) -> list[Case]:
     """Return batches that generate, and prompts."""
-    found = [Case(names, rows, n) for n, rows in DECODE for names in groups]
-    return found + [Case(names, rows, n, block_m=64) for n, rows in PREFILL for names in groups]
+    return [Case(names, rows, n) for n, rows in (*DECODE, *PREFILL) for names in groups]
 
 
 class Operands:
@@ -87,50 +98,45 @@ class Operands:
         self.arena = torch.empty(page * PAGE, dtype=dtype, device=device).normal_(std=0.02)
         self.x = torch.randn(case.rows, case.k, device=device).to(dtype)
         self.ys = [torch.zeros(case.rows, n, dtype=dtype, device=device) for n in case.ns]
-        each = max(1, case.rows // case.adapters)
-        if case.block_m == 16:
-            requests = [(row % case.adapters + 1, 1) for row in range(case.rows)]
-        else:
-            requests = [(number + 1, each) for number in range(case.adapters)]
-        metadata = torch.zeros((2, case.rows), dtype=torch.int32)
-        most = min(case.rows, case.rows // case.block_m + min(case.rows, slots - 1))
-        tiles = torch.zeros((TILE_ROWS, most), dtype=torch.int32)
-        fill(requests, metadata[0], metadata[1], tiles, case.block_m)
-        metadata = metadata.to(device)
-        self.segments = Segments(metadata[0], metadata[1], tiles.to(device), case.block_m)
+        arrange = in_turns if case.generates else runs_of
+        requests = arrange(range(1, slots), case.rows)
+        self.segments = Segments.of(requests, table=slots, device=device)
 
     def shrinks(self, config: TileConfig | None) -> Callable[[], Any]:
-        first, arguments = self.tables[0], {"max_rank": 16 * math.ceil(self.case.rank / 16)}
-        run = segmented_shrink.prepare_segmented_shrink(
-            self.x, self.arena, first, self.segments, config=config, **arguments
-        )
-        return lambda: [run(self.x, self.arena, table, self.segments) for table in self.tables][-1]
+        """Return the shrinks of all layers; they return h of the last."""
+        down = self._shrink(config)
+        return lambda: [down(table) for table in self.tables][-1]
 
-    def expands(self, config: TileConfig | None, h: torch.Tensor) -> Callable[[], Any]:
-        first = self.tables[0]
-        run = segmented_expand.prepare_segmented_expand(
-            self.ys, h, self.arena, first, self.segments, config=config
-        )
+    def expands(self, config: TileConfig | None, h: Tensor) -> Callable[[], Any]:
+        up = self._expand(config, h)
 
         def all_layers() -> None:
             for table in self.tables:
-                run(self.ys, h, self.arena, table, self.segments)
+                up(h, table)
 
         return all_layers
 
-    def pairs(self, shrink: TileConfig | None, expand: TileConfig | None) -> Callable[[], Any]:
-        first, most = self.tables[0], 16 * math.ceil(self.case.rank / 16)
-        operands = (self.x, self.arena, first, self.segments)
-        down = segmented_shrink.prepare_segmented_shrink(*operands, max_rank=most, config=shrink)
-        h = down(*operands)
-        up = segmented_expand.prepare_segmented_expand(
-            self.ys, h, self.arena, first, self.segments, config=expand
+    def _shrink(self, config: TileConfig | None) -> Callable[[Tensor], Tensor]:
+        run = segmented_shrink.prepare_segmented_shrink(
+            *(self.x, self.arena, self.tables[0], self.segments),
+            max_rank=padded_rank(self.case.rank),
+            config=config,
         )
+        return lambda table: run(self.x, self.arena, table, self.segments)
+
+    def _expand(self, config: TileConfig | None, h: Tensor) -> Callable[[Tensor, Tensor], None]:
+        run = segmented_expand.prepare_segmented_expand(
+            self.ys, h, self.arena, self.tables[0], self.segments, config=config
+        )
+        return lambda h, table: run(self.ys, h, self.arena, table, self.segments)
+
+    def pairs(self, shrink: TileConfig | None, expand: TileConfig | None) -> Callable[[], Any]:
+        down = self._shrink(shrink)
+        up = self._expand(expand, down(self.tables[0]))
 
         def all_layers() -> None:
             for table in self.tables:
-                h = down(self.x, self.arena, table, self.segments)
-                up(self.ys, h, self.arena, table, self.segments)
+                up(down(table), table)
 
         return all_layers
 
@@ -138,7 +144,7 @@ class Operands:
 def shrink_tiles(case: Case, default: TileConfig) -> Iterator[TileConfig]:
     """Yield tiles of the shrink worth timing, the default first."""
     yield default
-    if case.block_m == 16:
+    if case.generates:
         for warps, block_k, stages in itertools.product((1, 2, 4), (128, 256), (2, 4)):
             tile = replace(default, block_k=block_k, num_warps=warps, num_stages=stages)
             for splits in (max(1, default.splits // 2), default.splits, default.splits * 2):
@@ -153,7 +159,7 @@ def shrink_tiles(case: Case, default: TileConfig) -> Iterator[TileConfig]:
 def expand_tiles(case: Case, default: TileConfig) -> Iterator[TileConfig]:
     """Yield tiles of the expand worth timing, the default first."""
     yield default
-    few = case.block_m == 16
+    few = case.generates
     for warps, block_n, stages, programs in itertools.product(
         (1, 2, 4) if few else (4, 8),
         (64, 128, 256) if few else (64, 128),
@@ -217,7 +223,6 @@ def _text(tile: TileConfig) -> str:
 
 def run_sweep(run: Run) -> int:
     """Time every tile of every case; writes ``sweep.csv``."""
-    device = run.device
     write = run.write_rows("sweep.csv", COLUMNS)
     chosen = cases()
     if run.smoke:
@@ -234,58 +239,55 @@ def run_sweep(run: Run) -> int:
         if run.out_of_time():
             run.say(f"out of time from {case} on")
             return 1
-        layers = 1 if run.smoke else LAYERS if case.rows <= 512 else 4
-        operands = Operands(case, device, layers)
-        title = f"{'/'.join(case.names)}, {case.rows} rows, {case.adapters} adapters"
-        down, up = _defaults(case, device)
-
-        def timed(
-            kernel: str, runs: dict[str, Callable[[], Any]], title=title, case=case, layers=layers
-        ) -> None:
-            steps = {}
-            memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-            for name, launches in runs.items():
-                try:
-                    launches()
-                    steps[name] = measuring.captured(launches, memory) if memory else launches
-                except Exception as error:  # a tile that does not compile is no candidate
-                    run.say(f"  {name}: {type(error).__name__}")
-            taken = measure_us(steps, device, 1 if run.smoke else 7)
-            medians = {name: statistics.median(us) / layers for name, us in taken.items()}
-            best = sorted(medians, key=medians.__getitem__)
-            for name in best:
-                write(
-                    run.facts
-                    | {"kernel": kernel, "group": "/".join(case.names), "rows": case.rows}
-                    | {"adapters": case.adapters, "rank": case.rank, "tile": name}
-                    | {"us": f"{medians[name]:.3f}"}
-                )
-            first = next(iter(runs))
-            run.say(
-                f"{title}, {kernel}: default {medians.get(first, math.nan):.2f} us; "
-                + "; ".join(f"{medians[name]:.2f} {name}" for name in best[:4])
-            )
-
-        last = 1 if run.smoke else None
-        tiles = list(dict.fromkeys(shrink_tiles(case, down)))[:last]
-        timed("shrink", {_text(tile): operands.shrinks(tile) for tile in tiles})
-        h = operands.shrinks(down)()
-        tiles = list(dict.fromkeys(expand_tiles(case, up)))[:last]
-        timed("expand", {_text(tile): operands.expands(tile, h) for tile in tiles})
-        pairs = {"early": operands.pairs(down, up)}
-        with ExitStack() as stack:
-            for module in (segmented_shrink, segmented_expand):
-                stack.enter_context(mock.patch.object(module, "starts_early", return_value=False))
-            _forget()
-            pairs["one after the other"] = operands.pairs(down, up)
-        _forget()
-        timed("pair", pairs)
-        del operands, h, pairs
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _sweep(run, write, case)
     return 0
 
 
-def _forget() -> None:
-    for module in (segmented_shrink, segmented_expand):
-        module._settings.cache_clear()
+def _sweep(run: Run, write: Callable[[dict[str, Any]], None], case: Case) -> None:
+    """Time the tiles of one case: of each kernel, and the default ones one after the other."""
+    layers = 1 if run.smoke else LAYERS if case.rows <= 512 else 4
+    operands = Operands(case, run.device, layers)
+    down, up = _defaults(case, run.device)
+    last = 1 if run.smoke else None
+    shrinks = list(dict.fromkeys(shrink_tiles(case, down)))[:last]
+    expands = list(dict.fromkeys(expand_tiles(case, up)))[:last]
+    h = operands.shrinks(down)()
+    pairs = {"early": operands.pairs(down, up)}
+    with ExitStack() as stack:
+        for module in (segmented_shrink, segmented_expand):
+            stack.enter_context(mock.patch.object(module, "starts_early", return_value=False))
+        forget_tiles()
+        pairs["one after the other"] = operands.pairs(down, up)
+    forget_tiles()
+    for kernel, runs in (
+        ("shrink", {_text(tile): operands.shrinks(tile) for tile in shrinks}),
+        ("expand", {_text(tile): operands.expands(tile, h) for tile in expands}),
+        ("pair", pairs),
+    ):
+        medians = _time(run, runs, layers)
+        best = sorted(medians, key=medians.__getitem__)
+        about = {"kernel": kernel, "group": "/".join(case.names), "rows": case.rows}
+        about |= {"adapters": case.adapters, "rank": case.rank}
+        for name in best:
+            write(run.facts | about | {"tile": name, "us": f"{medians[name]:.3f}"})
+        default = medians.get(next(iter(runs)), math.nan)
+        run.say(
+            f"{about['group']}, {case.rows} rows, {case.adapters} adapters, {kernel}: default "
+            f"{default:.2f} us; " + "; ".join(f"{medians[name]:.2f} {name}" for name in best[:4])
+        )
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _time(run: Run, runs: Mapping[str, Callable[[], Any]], layers: int) -> dict[str, float]:
+    """Return the microseconds of a launch of each, the median of seven rounds."""
+    steps: dict[str, Callable[[], Any]] = {}
+    memory = torch.cuda.graph_pool_handle() if run.device.type == "cuda" else None
+    for name, launches in runs.items():
+        try:
+            launches()
+            steps[name] = measuring.captured(launches, memory) if memory else launches
+        except Exception as error:  # a tile that does not compile is no candidate
+            run.say(f"  {name}: {type(error).__name__}")
+    taken = measure_us(steps, run.device, 1 if run.smoke else 7)
+    return {name: statistics.median(us) / layers for name, us in taken.items()}
