@@ -16,6 +16,19 @@ from torch import Tensor
 
 PAGE = 64
 FIELDS = 4
+NONE = (0, 0, 0)  # ranks of three siblings that no adapter changes
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: the slot of each row, the ranks of each slot's siblings, in and out features."""
+
+    slots: tuple[int, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    k: int = 40
+    ns: tuple[int, ...] = (40,)
+    max_rank: int = 16
+    has_bias: bool = True  # of frozen layers that are computed with it
 
 
 class Adapter(NamedTuple):

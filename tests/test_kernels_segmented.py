@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, DTYPES, doubles, padded_rows, randn
 from segment_cases import (
+    NONE,
     PAGE,
+    Case,
     Segments,
     apply_adapters,
     make_adapters,
@@ -43,20 +45,6 @@ VARIANTS = [
     pytest.param(PREFILL, id="prefill"),
 ]
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-NONE = (0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch: the slot of each row, the ranks of each slot's siblings, in and out features."""
-
-    slots: tuple[int, ...]
-    ranks: tuple[tuple[int, ...], ...]
-    k: int = 40
-    ns: tuple[int, ...] = (40,)
-    max_rank: int = 16
-
 
 MIXED = (2, 0, 1, 3, 1, 1)
 GROUP = Case(MIXED, (NONE, (5, 5, 5), (16, 8, 1), (0, 16, 3)), ns=(40, 24, 24))

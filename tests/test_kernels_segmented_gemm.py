@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import serving
@@ -11,7 +11,16 @@ from accuracy import assert_as_accurate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, HALVES, assert_kernel_as_accurate, padded_rows, randn
-from segment_cases import PAGE, Segments, apply_adapters, make_adapters, make_segments, store
+from segment_cases import (
+    NONE,
+    PAGE,
+    Case,
+    Segments,
+    apply_adapters,
+    make_adapters,
+    make_segments,
+    store,
+)
 from served import Captured, Served, runs_of
 from torch.nn import functional
 
@@ -30,21 +39,6 @@ EPS = torch.finfo(FP16).eps
 TILE = TileConfig(16, 32, 16, parts=2)
 FOUR = TileConfig(16, 64, 16, parts=4)
 SHRINK = TileConfig(16, 16, 16, splits=2)  # two planes of h
-NONE = (0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch: the slot of each row, the ranks of each slot's siblings, in and out features."""
-
-    slots: tuple[int, ...]
-    ranks: tuple[tuple[int, ...], ...]
-    k: int = 40
-    ns: tuple[int, ...] = (40,)
-    max_rank: int = 16
-    has_bias: bool = True
-
-
 # By blocks of 16 rows: one adapter, two, two and none, none, one and none.
 RUNS = (1,) * 20 + (3,) * 20 + (0,) * 24 + (2,) * 3
 MIXED = (2, 0, 1, 3, 1, 1) * 3
