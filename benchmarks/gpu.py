@@ -157,10 +157,11 @@ def run_tests(run: Run) -> int:
                     passed += 1
                 elif " SKIPPED" not in line and "PytestBenchmarkWarning" not in line:
                     run.say(line.rstrip())
+        except BaseException:  # Ctrl-C does not reach it
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         finally:
             timer.cancel()
-            if process.poll() is None and sys.exc_info()[0] is not None:  # Ctrl-C does not reach it
-                os.killpg(process.pid, signal.SIGKILL)
         if process.wait() < 0:
             run.say(f"out of time: {passed} tests passed, and the rest did not run")
         status |= process.returncode
