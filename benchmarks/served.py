@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from fastlora.bench import checking, measuring
 from fastlora.bench.measuring import Step
 from fastlora.bench.providers import DecoderLayer
 from fastlora.bench.shapes import GROUPS, INPUTS, NAMES, Linear, Model
-from fastlora.kernels import segmented_expand, segmented_shrink
+from fastlora.kernels import decode_gemm, segmented_expand, segmented_shrink
 from fastlora.segments import PAGE, Segments, pages_of
 from fastlora.serving.linears import RowsOfTokens, attach
 
@@ -348,7 +349,15 @@ def launched(step: Step, device: torch.device) -> collections.Counter[str]:
 
 def is_segmented(name: str) -> bool:
     """Return whether a kernel is one of the two that multiply with adapters."""
-    modules = (segmented_shrink, segmented_expand)
+    return _is_of(name, segmented_shrink, segmented_expand)
+
+
+def is_own(name: str) -> bool:
+    """Return whether a kernel is one of a decode step's that are not PyTorch's."""
+    return is_segmented(name) or _is_of(name, decode_gemm)
+
+
+def _is_of(name: str, *modules: ModuleType) -> bool:
     return any(
         name.startswith(one) for module in modules for one in vars(module) if "_kernel" in one
     )

@@ -8,7 +8,8 @@ compared with a loop over the adapters, in fp64 and in the model's dtype, before
 
     decode      one CUDA graph of all linears and the head, beside the base model's
     prefill     8192 tokens at once, and a chunk of 512
-    kernels     each of the two kernels on each group of linears: time, and the bytes it moves
+    kernels     each of the two kernels on each group of linears: time, and the bytes it moves; and
+                the frozen product of a step that generates, beside PyTorch's
     launches    counted by PyTorch's profiler; and what an empty one takes
     engine      ``Engine`` end to end, where this transformers is one that it was written for
 """
@@ -42,6 +43,7 @@ from served import (
     empty_launches,
     idle,
     in_turns,
+    is_own,
     is_segmented,
     launched,
     path_of,
@@ -60,6 +62,7 @@ from serving_counts import (
     Batch,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fastlora
 from fastlora import plans, segmented_ops
@@ -71,6 +74,7 @@ from fastlora.bench.providers import DecoderLayer
 from fastlora.bench.results import Row, writer
 from fastlora.bench.shapes import GROUPS, MODELS, NAMES, RANK, Linear, Model
 from fastlora.kernels import segmented_expand, segmented_shrink
+from fastlora.kernels.decode_gemm import prepare_decode_gemm
 from fastlora.serving.linears import RowsOfTokens
 
 if TYPE_CHECKING:
@@ -83,16 +87,15 @@ MIXED = 1.10
 MIXED_RANKS, ONE_RANK, OF_MIXED = (8, 24, 32, 64), 32, 16
 
 # By how many launches of a layer nothing hides; who is timed is in ``VARIANTS``.
-PROVIDERS = {8: "fastlora", 4: "fastlora-overlapped"}
-# How the linears run: all launches one after the other; and with shrinks beside the frozen
-# products, as the engine has them in its graphs.
+PROVIDERS = {8: "fastlora-in-turn", 4: "fastlora"}
+# How a decode step runs: as the engine has it; likewise, but each launch after the one before; and
+# with PyTorch's frozen products, as on other devices than Hopper's, where shrinks have a stream.
 VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "fastlora": functools.partial(mock.patch.object, segmented_ops, "OVERLAPS", False),
-    "fastlora-overlapped": functools.partial(mock.patch.object, segmented_ops, "OVERLAPS", True),
+    "fastlora": nullcontext,
+    "fastlora-in-turn": functools.partial(mock.patch.object, segmented_ops, "OVERLAPS", False),
+    "fastlora-added": functools.partial(mock.patch.object, segmented_ops, "DECODE_ROWS", 0),
 }
-# Whether a prefill's frozen products and the second of the adapters' are one launch; otherwise it
-# runs as the engine has it: in a graph with shrinks beside the frozen products.
-PREFILL_PROVIDERS = {"fastlora": False, "fastlora-fused": True}
+_NEVER = 1 << 30  # rows
 
 GIB = 2**30
 _EMPTY = 1000  # launches
@@ -149,7 +152,7 @@ def _tiny() -> Model:
 
 SIZES = Sizes(tuple(MODELS[name] for name in (PROMISED_MODEL, "Qwen2.5-0.5B", "Qwen3-8B")))
 SMOKE = Sizes(
-    (_tiny(),), ((2, 2),), (17,), (2,), turns=1, empty=2, requests=(3, 4, 2), engine=_tiny()
+    (_tiny(),), ((2, 2),), (65,), (2,), turns=1, empty=2, requests=(3, 4, 2), engine=_tiny()
 )
 
 
@@ -167,14 +170,34 @@ def kernel_case(kernel: str, names: Sequence[str], distinct: int) -> str:
     return case_of(f"{kernel} of {'/'.join(names)}", distinct)
 
 
+def prefill_providers(tokens: int) -> dict[str, bool]:
+    """Return how a prefill runs, the engine's way first: whether terms are added in the product."""
+    fuses = tokens >= segmented_ops.PREFILL_ROWS
+    return {"fastlora": fuses, f"fastlora-{'added' if fuses else 'fused'}": not fuses}
+
+
 def fusing(step: Callable[[], list[Tensor]], fuses: bool) -> Callable[[], list[Tensor]]:
-    """Return a prefill step with ``segmented_ops.FUSES_PREFILL`` set, or not, whenever it runs."""
+    """Return a prefill step whose terms are added in the product, or not, whenever it runs."""
 
     def run() -> list[Tensor]:
-        with mock.patch.object(segmented_ops, "FUSES_PREFILL", fuses):
+        with mock.patch.object(segmented_ops, "PREFILL_ROWS", 0 if fuses else _NEVER):
             return step()
 
     return run
+
+
+def by_torch(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Compute frozen linears as PyTorch does, one after the other."""
+    return [functional.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+
+
+def products_of(
+    run: Callable[..., list[Tensor]], x: Tensor, layers: Sequence[tuple[Any, Any]]
+) -> list[Tensor]:
+    """Compute the frozen linears of every layer; returns the outputs of the last."""
+    for weights, biases in layers:
+        ys = run(x, weights, biases)
+    return ys
 
 
 def per_launch(timing: Timing, launches: int) -> Timing:
@@ -396,6 +419,7 @@ class Session:
                     steps[variant, distinct], about[variant, distinct] = step, row
             with (
                 mock.patch.object(segmented_ops, "OVERLAPS", False),
+                mock.patch.object(segmented_ops, "DECODE_ROWS", 0),
                 mock.patch.object(segmented_ops, "add_adapters", empty_launches),
             ):
                 rows = Rows(count, served.pool)
@@ -434,10 +458,11 @@ class Session:
             (timer, 0, ""): self._about(served, "prefill", tokens, "frozen") | {"timer": timer}
             for timer in ("graph", "eager")
         }
-        for (distinct, head), provider in itertools.product(heads.items(), PREFILL_PROVIDERS):
+        providers = prefill_providers(tokens)
+        for (distinct, head), provider in itertools.product(heads.items(), providers):
             row = self._about(served, case_of("prefill", distinct), tokens, provider)
             rows, logits = Rows(tokens, served.pool), Rows(distinct, served.pool)
-            eager = fusing(served.step(inputs, head, rows, logits), PREFILL_PROVIDERS[provider])
+            eager = fusing(served.step(inputs, head, rows, logits), providers[provider])
             step = self.capture(eager, pool)
             requests = runs_of(slots[:distinct], tokens)
             ends = [(slot, 1) for slot in slots[:distinct]]
@@ -451,6 +476,8 @@ class Session:
 
     def kernels(self, served: Served, slots: Sequence[int]) -> None:
         """Measure each kernel on each group, all layers in one graph."""
+        for count in sorted({rows for _, rows in self.sizes.decode}):
+            self.products(served, count)
         for distinct, count in self.sizes.decode:
             rows = Rows(count, served.pool)
             rows.tell(in_turns(slots[:distinct], count))
@@ -482,6 +509,33 @@ class Session:
                         moved_gib=(sum(read.values()) + sum(written.values())) / GIB,
                         **measuring.columns(per_launch(timing, served.model.layers)),
                     )
+
+    def products(self, served: Served, count: int) -> None:
+        """Measure the frozen products of a step that generates, beside PyTorch's."""
+        for names, x in zip(GROUPS, served.inputs(count), strict=True):
+            layers = [
+                [served.module.get_submodule(path_of(number, name)) for name in names]
+                for number in range(served.model.layers)
+            ]
+            weights: list[list[Tensor]] = [[one.weight for one in layer] for layer in layers]
+            biases: list[list[Tensor | None]] = [[one.bias for one in layer] for layer in layers]
+            run = prepare_decode_gemm(x, weights[0], biases[0])
+            each_layer = list(zip(weights, biases, strict=True))
+            torchs = functools.partial(products_of, by_torch, x, each_layer)
+            ours = functools.partial(products_of, run, x, each_layer)
+            pool = self.pool()
+            steps = {"frozen": self.capture(torchs, pool), "fastlora": self.capture(ours, pool)}
+            timings = self.time({name: step.replay for name, step in steps.items()})
+            for name, timing in timings.items():
+                case = f"frozen product of {'/'.join(names)}"
+                each = per_launch(timing, served.model.layers)
+                of_torch = per_launch(timings["frozen"], served.model.layers)
+                self.add(
+                    **self._about(served, case, count, name),
+                    n=sum(served.model.linears[name].n for name in names),
+                    k=x.shape[1],
+                    **measuring.columns(each, of_torch),
+                )
 
     def halves(
         self, served: Served, names: tuple[str, ...], x: Tensor, rows: Rows, max_rank: int
@@ -587,17 +641,16 @@ class Session:
         rows.tell(in_turns(slots[:distinct], count))
         bare = launched(served.step(inputs, None, None, None), self.device)
         ours = launched(served.step(inputs, None, rows, rows), self.device)
-        added = ours.copy()
-        added.subtract(bare)
-        others = {name: n for name, n in added.items() if n and not is_segmented(name)}
-        per_layer = sum(added.values()) / served.model.layers
+        segmented = sum(n for name, n in ours.items() if is_segmented(name))
+        others = {name: n for name, n in (ours - bare).items() if not is_own(name)}
+        per_layer = (segmented + sum(others.values())) / served.model.layers
         for case, found in (
             ("launches of a decoder layer", math.ceil(per_layer)),
             ("launches for metadata", sum(others.values())),
         ):
             about = self._about(served, case, count, "fastlora")
             self.add("eager", **about, launches=found)
-        self.run.say(f"  added, all layers: {dict(added)}; beside the adapters' kernels: {others}")
+        self.run.say(f"  all layers: {dict(ours)}; without adapters: {dict(bare)}")
 
     def peft(self, served: Served, slots: Sequence[int]) -> None:
         """Measure one decoder layer beside peft's ``adapter_names=``, eagerly."""
@@ -747,8 +800,9 @@ def _run(run: Run) -> int:
     session = Session(run, sizes)
     plans.check_device(run.device)
     run.say(plans.describe(run.device))
-    wrong = plans.segmented_reason(run.device)
-    run.say(f"segmented kernels: {wrong or 'right on a small problem'}")
+    for kernel in (plans.SEGMENTED, plans.DECODE_GEMM, plans.SEGMENTED_GEMM):
+        wrong = plans.segmented_reason(run.device, kernel)
+        run.say(f"{kernel}: {wrong or 'right on a small problem'}")
     session.section("copy", session.roofs)
     session.section("empty launches", session.empty)
     for number, model in enumerate(session.sizes.models):

@@ -45,6 +45,7 @@ from triton.runtime.jit import JITFunction
 
 from fastlora.kernels import tile_config
 from fastlora.kernels.adapter_grads import adapter_grads
+from fastlora.kernels.decode_gemm import decode_gemm
 from fastlora.kernels.input_pass import input_pass
 from fastlora.kernels.low_rank_gemm import (
     input_grad,
@@ -55,14 +56,15 @@ from fastlora.kernels.low_rank_gemm import (
 from fastlora.kernels.paged_attention import paged_attention
 from fastlora.kernels.segmented_expand import segmented_expand
 from fastlora.kernels.segmented_gemm import segmented_gemm
-from fastlora.kernels.segmented_shrink import segmented_shrink
+from fastlora.kernels.segmented_shrink import prepare_segmented_shrink, segmented_shrink
 from fastlora.kernels.segments import PAGE
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.tile_config import DeviceLimits, TileConfig
 
 THRESHOLD = 6554  # p = 0.1
 GEMM_KERNEL = "_low_rank_gemm_kernel"
-GEMM_KERNELS = (GEMM_KERNEL, "_segmented_gemm_kernel")
+DECODE_KERNEL = "_decode_gemm_kernel"
+GEMM_KERNELS = (GEMM_KERNEL, "_segmented_gemm_kernel", DECODE_KERNEL)
 TENSOR_MEMORY_COLUMNS = 512  # of one sm_100 multiprocessor
 
 # What is counted, and the words that stand for it in PTX or in AMD's assembly.
@@ -336,6 +338,17 @@ def _segmented_gemm(case: Case, kind: str) -> None:
     segmented_gemm(x, weights, biases, h, *operands, config=case.config)
 
 
+def _decode_gemm(case: Case, kind: str) -> None:
+    if kind != case.masks[0]:
+        return
+    x, operands = case.empty(case.m, case.k), case.segmented()
+    weights = [case.empty(n, case.k) for n in case.ns]
+    decode_gemm(x, weights, [case.empty(n) for n in case.ns], config=case.config)
+    # What runs beside it is code of its own.
+    beside = prepare_segmented_shrink(x, *operands, max_rank=case.r, beside=True)
+    beside(x, *operands)
+
+
 @dataclass(frozen=True)
 class AttentionCase(Case):
     """One layer's attention of a batch of ``m`` tokens: of Qwen3-8B unless said otherwise."""
@@ -389,6 +402,7 @@ _LAUNCH: Mapping[str, Callable[[Case, str], None]] = {
     "segmented_shrink": _segmented_shrink,
     "segmented_expand": _segmented_expand,
     "segmented_gemm": _segmented_gemm,
+    "decode_gemm": _decode_gemm,
     "paged_attention": _paged_attention,
     "scaled_gemm": _scaled_gemm,
     "low_rank_term": _low_rank_term,
@@ -426,6 +440,7 @@ def default_cases() -> Iterator[Case]:
     yield Case("bf16 r=16, rows of 4100", ns=(4100,), k=4100, aligned=False)
     yield from segmented_cases()
     yield from segmented_gemm_cases()
+    yield from decode_gemm_cases()
     yield from attention_cases()
 
 
@@ -464,6 +479,19 @@ def segmented_gemm_cases() -> Iterator[Case]:
         yield replace(base, name=f"fp16 T={m} r=64 S=3", **halves)
         odd = {"ns": (4101,), "k": 4101, "r": 64, "aligned": False}
         yield replace(base, name=f"bf16 T={m} r=64, rows of 4101", **odd)
+
+
+def decode_gemm_cases() -> Iterator[Case]:
+    """Yield steps that generate, of every height of a tile, few columns and many."""
+    fp16, three = torch.float16, SIBLINGS["q, k, v"]
+    for m in (8, 32, 64):
+        base = Case("", m=m, masks=("none",), operations=("decode_gemm",))
+        for ns in ((4096,), *SIBLINGS.values(), (18944, 18944)):
+            yield replace(base, name=f"bf16 T={m} S={len(ns)} N={sum(ns)}", ns=ns)
+        halves = {"dtype": fp16, "adapter": fp16, "ns": three}
+        yield replace(base, name=f"fp16 T={m} S=3", **halves)
+        odd = {"ns": (4101,), "k": 4101, "aligned": False}
+        yield replace(base, name=f"bf16 T={m}, rows of 4101", **odd)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -672,6 +700,8 @@ def _report(
     expected: tuple[str, ...] = ()
     if kernel in GEMM_KERNELS and case.dtype != torch.float32:
         expected = (target.multiplies_by, *(target.copies_by if case.aligned else ()))
+    if kernel == DECODE_KERNEL:  # its outputs are small, and transposed
+        expected = tuple(name for name in expected if name != "TMA store")
     tile = {
         key: value
         for key, value in options.items()

@@ -57,9 +57,10 @@ KERNELS: dict[str, Plan] = {
     "low_rank_term": PLAIN,
     "low_rank_gemm": HYBRID,
 }
-# The two segmented kernels, which only an engine needs: checked when a pool is made. And the one
-# that is the frozen product and the second of them in one: when it is first asked for.
-SEGMENTED, SEGMENTED_GEMM = "segmented_add", "segmented_gemm"
+# The two segmented kernels, which only an engine needs, and the frozen product of a step that
+# generates: checked when a pool is made. And the one that is a prefill's frozen product and the
+# second of those in one: when it is first asked for.
+SEGMENTED, DECODE_GEMM, SEGMENTED_GEMM = "segmented_add", "decode_gemm", "segmented_gemm"
 _FOR_EVERYTHING = frozenset(("shrink", "adapter_grads"))
 GEMMS = frozenset(("low_rank_gemm", "input_grad"))
 MAX_RANK = 256  # the widest accumulator that stays in registers
@@ -142,7 +143,7 @@ def plan_for(
 
     Args:
         operation: ``"shrink"``, ``"low_rank_gemm"``, ``"adapter_grads"``, ``"input_grad"``,
-            ``"segmented_add"`` or ``"segmented_gemm"``.
+            ``"segmented_add"``, ``"decode_gemm"`` or ``"segmented_gemm"``.
         device: of the operands.
         dtype: of the frozen product for the two GEMMs, of the thin products for the others.
         m: rows.
@@ -160,7 +161,7 @@ def plan_for(
         # Kernels take CPU tensors only where they are interpreted, and only on request: the
         # interpreter is a thousand times slower than PyTorch.
         return PLAIN
-    if operation in (SEGMENTED, SEGMENTED_GEMM):
+    if operation in _WITHOUT:
         segmented_reason(device, operation)
     elif device not in _failures:
         failed_kernels(device)
@@ -207,8 +208,8 @@ def possible_plan(
         return PLAIN
     if operation == SEGMENTED:
         return PLAIN if segmented_reason(device) else FUSED
-    if operation == SEGMENTED_GEMM:
-        wrong = any(segmented_reason(device, kernel) for kernel in (SEGMENTED, SEGMENTED_GEMM))
+    if operation in (DECODE_GEMM, SEGMENTED_GEMM):
+        wrong = any(segmented_reason(device, kernel) for kernel in (SEGMENTED, operation))
         return PLAIN if wrong or dtype == torch.float32 else FUSED
     failed = failed_kernels(device)
     if failed is None or not _FOR_EVERYTHING.isdisjoint(failed):
@@ -237,7 +238,10 @@ def _automatic(
     if operation == SEGMENTED:
         return FUSED  # PyTorch would have to ask the device which adapters there are
     default = FUSED if operation == SEGMENTED_GEMM else HYBRID
-    if m < MIN_ROWS:
+    if operation == DECODE_GEMM:
+        # Timed on an H200; what makes it fast there are Hopper's copies and early launches.
+        default = FUSED if device_limits(device).capability == 90 else PLAIN
+    elif m < MIN_ROWS:
         # Without a mask PyTorch needs one launch for each thin product, as Triton does.
         return HYBRID if masked else PLAIN
     entries = tuned_entries(device_limits(device).name)
@@ -326,7 +330,8 @@ def segmented_reason(device: torch.device, kernel: str = SEGMENTED) -> str:
 
     Args:
         device: which.
-        kernel: ``"segmented_add"`` for the two that any batch needs, or ``"segmented_gemm"``.
+        kernel: ``"segmented_add"`` for the two that any batch needs, ``"decode_gemm"`` or
+            ``"segmented_gemm"``.
 
     Warns:
         RuntimeWarning: they are wrong there, or do not compile.
@@ -359,6 +364,7 @@ _WITHOUT = {
         "segmented kernels do",
         "batches with several adapters are computed by PyTorch, slowly",
     ),
+    DECODE_GEMM: ("kernel decode_gemm does", "a step's frozen products are computed by PyTorch"),
     SEGMENTED_GEMM: ("kernel segmented_gemm does", "adapters are added to the frozen products"),
 }
 
@@ -410,6 +416,7 @@ def _neutral(device: torch.device) -> Iterator[None]:
 
 def _wrong_segmented(kernel: str, device: torch.device) -> str | None:
     """Return in what segmented kernels differ from PyTorch on small batches, or ``None``."""
+    from fastlora.kernels.decode_gemm import prepare_decode_gemm
     from fastlora.kernels.segmented_expand import prepare_segmented_expand
     from fastlora.kernels.segmented_gemm import prepare_segmented_gemm
     from fastlora.kernels.segmented_shrink import prepare_segmented_shrink
@@ -426,21 +433,27 @@ def _wrong_segmented(kernel: str, device: torch.device) -> str | None:
     arena, descriptors = segmented.pack(adapters)
     # Less than a tile, tiles of few rows, and of many.
     weight, bias = draw(n, k) * k**-0.5, draw(n)
-    for tokens in (5, 40, 300) if device.type == "cuda" else (5, 20):
+    sizes = (5, 40, 300) if device.type == "cuda" else (5, 20)
+    for tokens in sizes[:2] if kernel == DECODE_GEMM else sizes:
         slots = [(3 * t) % 4 for t in range(tokens)]
         rows = Segments.of_slots(slots, table=4, device=device)
         x, base = draw(tokens, k), draw(tokens, n)
         expected = base.float()
-        if kernel == SEGMENTED_GEMM:
+        if kernel != SEGMENTED:
             expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
         runs = rows.on_host()
         wide = [segmented.Factors(a.float(), b.float(), s) for a, b, s in adapters]
         found = segmented.Adapters([wide[slot - 1] for slot in runs.slots])
         segmented.add_adapters(expected, x.float(), found, runs)
-        shrink = prepare_segmented_shrink(x, arena, descriptors, rows, max_rank=32)
-        expand = gemm = None
+        beside = kernel == DECODE_GEMM
+        shrink = prepare_segmented_shrink(x, arena, descriptors, rows, max_rank=32, beside=beside)
+        expand = gemm = decode = None
         for _ in range(2 if device.type == "cuda" else 1):  # from the second on past Triton
-            y, h = base.clone(), shrink(x, arena, descriptors, rows)
+            y = base.clone()
+            if kernel == DECODE_GEMM:
+                decode = decode or prepare_decode_gemm(x, [weight], [bias])
+                (y,) = decode(x, [weight], [bias])
+            h = shrink(x, arena, descriptors, rows)
             operands = (h, arena, descriptors, rows)
             if kernel == SEGMENTED_GEMM:
                 gemm = gemm or prepare_segmented_gemm(x, [weight], [bias], *operands)

@@ -1,9 +1,9 @@
 """Rows with adapters of their own: the operator, and its launches beside frozen layers.
 
 ``torch.ops.fastlora.segmented_add`` adds every row's low-rank term to the outputs of linears that
-share their input. What serving calls knows more than the operator: the frozen products, which the
-shrink may run beside (``with_adapters``) or which may be one launch with the term
-(``linears_with_adapters``). As in ``ops.py`` nothing is read back on a GPU, and launches go to the
+share their input. What serving calls knows more than the operator: the frozen products, which may
+be one launch of our own (``linears_with_adapters``), or beside which the shrink may run
+(``with_adapters``). As in ``ops.py`` nothing is read back on a GPU, and launches go to the
 device of the operands.
 """
 
@@ -23,21 +23,27 @@ from fastlora.kernels.layout import are_aligned, as_rows
 from fastlora.kernels.tile_config import allows_tf32
 from fastlora.ops import PLAIN_TENSORS, is_watched, on_device, register, without_autocast
 from fastlora.segmented import Adapters
-from fastlora.segments import MAX_DECODE_TOKENS, Segments
+from fastlora.segments import Segments
 
 _Key = tuple[Any, ...]
 
-# While a CUDA graph is captured, shrinks get a stream beside the frozen products (with_adapters).
-# A decode step of the linears of Qwen2.5-7B, 64 rows with 16 adapters: 5.81 ms for 6.09 (H200).
+# Shrinks run beside the frozen products: in linears_with_adapters by early launch, elsewhere on a
+# stream of their own while a CUDA graph is captured (with_adapters). A decode step of the linears
+# of Qwen2.5-7B, 64 rows with 16 adapters, by the latter: 5.79 ms for 6.07 (H200).
 OVERLAPS = True
-# Prefills may take linears_with_adapters. Off, because nobody has timed it on a GPU yet; by counted
-# bytes it wins from some thousand rows on.
-FUSES_PREFILL = False
+# Batches of so few rows take linears_with_adapters: decode_gemm reads the weights of all siblings
+# in one launch. With more rows it is slower than cuBLAS for most linears.
+DECODE_ROWS = 64
+# And batches of so many: 8,192 tokens of 16 adapters run at 97 % of the base model's speed, for 92
+# with an expand after each product (H200, 7B). With fewer tokens a row block of which every row has
+# another adapter takes longer than all expands.
+PREFILL_ROWS = 4096
 
 
 @functools.cache
 def _launchers() -> SimpleNamespace:
     """Import the kernels, and triton with them, when the first of them is launched."""
+    from fastlora.kernels.decode_gemm import prepare_decode_gemm
     from fastlora.kernels.segmented_expand import prepare_segmented_expand
     from fastlora.kernels.segmented_gemm import prepare_segmented_gemm
     from fastlora.kernels.segmented_shrink import prepare_segmented_shrink
@@ -46,6 +52,7 @@ def _launchers() -> SimpleNamespace:
         shrink=prepare_segmented_shrink,
         expand=prepare_segmented_expand,
         gemm=prepare_segmented_gemm,
+        decode_gemm=prepare_decode_gemm,
     )
 
 
@@ -138,10 +145,10 @@ def _is_captured(x: Tensor, max_rank: int) -> bool:
 
 
 def fuses_linears(x: Tensor, weights: Sequence[Tensor], arena: Tensor, max_rank: int) -> bool:
-    """Return whether ``linears_with_adapters`` can compute frozen layers and their adapters.
+    """Return whether ``linears_with_adapters`` is to compute frozen layers and their adapters.
 
-    Not a step that generates, whose tiles would be mostly empty; nor where gradients, autocast or
-    a subclass of tensors mean more by the frozen product than the numbers in it.
+    Not where gradients, autocast or a subclass of tensors mean more by the frozen product than the
+    numbers in it.
 
     Args:
         x: ``[..., K]``.
@@ -150,8 +157,9 @@ def fuses_linears(x: Tensor, weights: Sequence[Tensor], arena: Tensor, max_rank:
         max_rank: at least every adapter's.
     """
     (t, k, *_), device, dtype = as_rows(x), x.device, x.dtype
+    operation = _gemm_for(t)
     return (
-        t > MAX_DECODE_TOKENS
+        operation is not None
         and dtype == arena.dtype
         and all(type(w) in PLAIN_TENSORS and w.dtype == dtype for w in weights)
         and not torch.is_grad_enabled()
@@ -159,7 +167,7 @@ def fuses_linears(x: Tensor, weights: Sequence[Tensor], arena: Tensor, max_rank:
         and not is_watched(x)
         and are_aligned(dtype, [w.shape[0] for w in weights], (x, *weights))
         and plans.plan_for(
-            "segmented_gemm",
+            operation,
             device,
             dtype,
             t,
@@ -172,6 +180,13 @@ def fuses_linears(x: Tensor, weights: Sequence[Tensor], arena: Tensor, max_rank:
     )
 
 
+def _gemm_for(rows: int) -> str | None:
+    """Return which GEMM of our own a batch of so many rows may take, if any."""
+    if rows <= DECODE_ROWS:
+        return plans.DECODE_GEMM
+    return plans.SEGMENTED_GEMM if rows >= PREFILL_ROWS else None
+
+
 def linears_with_adapters(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -182,7 +197,10 @@ def linears_with_adapters(
     *,
     max_rank: int,
 ) -> list[Tensor]:
-    """Compute frozen layers with every row's low-rank term, in two launches.
+    """Compute frozen layers with every row's low-rank term, in launches of our own alone.
+
+    A step that generates: ``decode_gemm``, the shrink beside it, and the expand. A prefill: the
+    shrink and ``segmented_gemm``.
 
     Args:
         x: ``[T, K]``, of which ``fuses_linears`` has to be true, with what follows.
@@ -196,6 +214,11 @@ def linears_with_adapters(
     operands = (arena, descriptors, segments)
     key = _key_of(x, *operands, max_rank)
     with on_device(x.device):
+        if x.shape[0] <= DECODE_ROWS:
+            ys = _decode_of(key, x, weights, biases)(x, weights, biases)
+            h = _shrink_of(key, x, *operands, max_rank, beside=OVERLAPS)(x, *operands)
+            _expand_of(key, ys, h, *operands)(ys, h, *operands)
+            return ys
         h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
         gemm = _gemm_of(key, x, weights, biases, h, *operands)
         return gemm(x, weights, biases, h, *operands)
@@ -255,12 +278,20 @@ def _key_of(
 
 
 def _shrink_of(
-    key: _Key, x: Tensor, arena: Tensor, descriptors: Tensor, segments: Segments, max_rank: int
+    key: _Key,
+    x: Tensor,
+    arena: Tensor,
+    descriptors: Tensor,
+    segments: Segments,
+    max_rank: int,
+    *,
+    beside: bool = False,
 ) -> Callable[..., Tensor]:
+    key += (beside,)
     shrink = _shrinks.get(key)
     if shrink is None:
         prepare = _launchers().shrink
-        shrink = prepare(x, arena, descriptors, segments, max_rank=max_rank)
+        shrink = prepare(x, arena, descriptors, segments, max_rank=max_rank, beside=beside)
         _keep(_shrinks, key, shrink)
     return shrink
 
@@ -291,15 +322,33 @@ def _gemm_of(
     descriptors: Tensor,
     segments: Segments,
 ) -> Callable[..., list[Tensor]]:
-    key += tuple([(w.shape[0], w.stride(), w.data_ptr() % 16) for w in weights])
-    key += tuple([None if b is None else b.data_ptr() % 16 for b in biases])
-    after_shrink = segments.tiles.shape[1] > 0  # else none is launched
+    key += (OVERLAPS, *_layout_of(weights, biases))
     gemm = _gemms.get(key)
     if gemm is None:
+        after_shrink = OVERLAPS and segments.tiles.shape[1] > 0  # else none is launched
         operands = (x, weights, biases, h, arena, descriptors, segments)
         gemm = _launchers().gemm(*operands, after_shrink=after_shrink)
         _keep(_gemms, key, gemm)
     return gemm
+
+
+def _decode_of(
+    key: _Key, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Callable[..., list[Tensor]]:
+    key += _layout_of(weights, biases)
+    decode = _decodes.get(key)
+    if decode is None:
+        decode = _launchers().decode_gemm(x, weights, biases)
+        _keep(_decodes, key, decode)
+    return decode
+
+
+def _layout_of(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> _Key:
+    """Return what a product with frozen weights is prepared for."""
+    return (
+        *[(w.shape[0], w.stride(), w.data_ptr() % 16) for w in weights],
+        *[None if b is None else b.data_ptr() % 16 for b in biases],
+    )
 
 
 def _keep(kept: dict[_Key, Any], key: _Key, launch: Any) -> None:
@@ -311,6 +360,7 @@ def _keep(kept: dict[_Key, Any], key: _Key, launch: Any) -> None:
 _shrinks: dict[_Key, Callable[..., Tensor]] = {}
 _expands: dict[_Key, Callable[..., None]] = {}
 _gemms: dict[_Key, Callable[..., list[Tensor]]] = {}
+_decodes: dict[_Key, Callable[..., list[Tensor]]] = {}
 _MAX_LAUNCHES = 1024  # four groups of a model, at 256 sizes of a batch
 
 

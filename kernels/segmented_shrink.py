@@ -16,6 +16,10 @@ its expand (H200, linears of 7B, 1 and 16 adapters): its sums go through all thr
 K is split so that the smallest batch fills the device; the partial sums are planes of h, which the
 expand adds: no atomics, nothing to zero. At most 64 ranks of an adapter are chunks of their own,
 and the ones above are walked: a pool for rank 256 costs an adapter of rank 16 only 3 empty ones.
+
+In a step that generates it may run beside ``decode_gemm``, on the processors and in the bandwidth
+that one leaves. Nothing of that one's is read here, but the expand reads both and waits for this
+launch alone: so one program of this launch ends no sooner than that one.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from .segments import (
     page_start,
     programs_for,
     starts_early,
+    wait_for_launch_before,
 )
 from .tile_config import (
     TileConfig,
@@ -86,6 +91,7 @@ def _segmented_shrink_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDED_ON: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     if DEPENDED_ON:
         let_next_launch_begin()
@@ -135,6 +141,10 @@ def _segmented_shrink_kernel(
                 h_ok = row_ok[:, None] & (ranks < own_ranks[g])[None, :]
                 places = h + rows[:, None] * max_rank + ranks[None, :]
                 tl.store(places, accumulators[g], mask=h_ok)
+    # Whoever waits for this launch has then waited for the one before too.
+    if BESIDE:  # noqa: SIM102  (compiled in)
+        if tl.program_id(0) == 0:
+            wait_for_launch_before()
 
 
 def segmented_shrink(
@@ -175,12 +185,14 @@ def prepare_segmented_shrink(
     segments: RowSegments,
     *,
     max_rank: int,
+    beside: bool = False,
     config: TileConfig | None = None,
 ) -> Shrink:
     """Return ``segmented_shrink`` as a function of the tensors of a call.
 
     It may be called with any that are laid out in memory as these: those of another layer of the
-    same shape too.
+    same shape too. ``beside``: the launch before is a ``decode_gemm``, and writes nothing that this
+    one reads. It then runs beside that one (sm_90 on), and ends after it.
     """
     t, k, stride_xt, stride_xk = as_rows(x)
     siblings, slots, _ = descriptors.shape
@@ -189,7 +201,9 @@ def prepare_segmented_shrink(
     precision, tiles = dot_precision(x.dtype), segments.tiles.shape[1]
     aligned = are_aligned(arena.dtype, (k,), (x,))
     shape = (t, k, siblings, max_rank, segments.block_m, tiles, aligned)
-    grid, splits, columns, constants = _settings(config, x.device, x.dtype, *shape, precision)
+    grid, splits, columns, constants = _settings(
+        config, x.device, x.dtype, *shape, precision, beside
+    )
     new_h = allocator((splits, siblings, t, max_rank), torch.float32, x.device)
     if 0 in grid:
         return lambda x, arena, descriptors, segments: new_h()
@@ -218,6 +232,7 @@ def _settings(
     tiles: int,
     aligned: bool,
     precision: str,
+    beside: bool,
 ) -> tuple[tuple[int, ...], int, int, dict[str, Any]]:
     """Return the grid, the splits of K, their columns, and the kernel's compile-time arguments."""
     config = config or tile_config_for(
@@ -239,8 +254,11 @@ def _settings(
         "BLOCK_M": block_m,
         "PRECISION": precision,
         "DEPENDED_ON": starts_early(limits),
+        "BESIDE": beside and starts_early(limits),
         "num_stages": config.num_stages,
     }
+    if constants["BESIDE"]:
+        constants["launch_pdl"] = True
     items = siblings // together * chunks * splits
     grid = (programs_for(limits.processors, config.programs, tiles, items),)
     return grid, splits, columns, constants

@@ -103,12 +103,12 @@ def page_start(arena_ptr, page):
 
 
 def starts_early(limits: DeviceLimits) -> bool:
-    """Return whether an expand's programs begin while the launch before it still runs.
+    """Return whether a launch's programs may begin while the launch before it still runs.
 
-    By programmatic dependent launch (sm_90 on): they find their tile, and have their part of B
-    fetched into the L2 cache, before they wait. What is read until then, metadata and adapters, was
-    written before that launch began: the launch before an expand is the shrink, or a frozen product
-    of the same step.
+    By programmatic dependent launch (sm_90 on). Those of an expand find their tile, and have their
+    part of B fetched into the L2 cache, before they wait. What is read until then, metadata and
+    adapters, was written before that launch began: the launch before an expand is the shrink, or a
+    frozen product of the same step. A shrink beside ``decode_gemm`` reads nothing else.
     """
     return limits.capability >= 90 and not INTERPRETED.value
 

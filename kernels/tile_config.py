@@ -156,8 +156,8 @@ def default_tile(
 
     Args:
         operation: ``"shrink"``, ``"low_rank_gemm"``, ``"input_grad"``, ``"output_pass"`` (dh and dB
-            over dy), ``"input_pass"`` (dA over x), ``"segmented_shrink"``, ``"segmented_expand"``
-            or ``"segmented_gemm"``.
+            over dy), ``"input_pass"`` (dA over x), ``"segmented_shrink"``, ``"segmented_expand"``,
+            ``"segmented_gemm"`` or ``"decode_gemm"``.
         limits: of the device.
         dtype: of the operands of the products.
         m: rows.
@@ -200,6 +200,8 @@ def default_tile(
         return replace(
             tile, parts=4 if not aligned else 1 if limits.capability == 100 else tile.parts
         )
+    if operation == "decode_gemm":
+        return _decode_gemm_tile(limits, m, n, aligned)
     raise ValueError(f"no such operation: {operation!r}")
 
 
@@ -315,12 +317,16 @@ def _segmented_shrink_tile(
     if m <= DECODE_ROWS:
         # Two items a processor, if all rows have one adapter.
         tiles = -(-m // 16)  # at least
-        splits = min(_splits(limits, -(-tiles * siblings // 2), k, at_least=512), 16)
+        # The expand reads every plane, and nothing hides it: splits of 512 columns are 0.7 of the
+        # time of those of 1024, and a step of 7B with 64 adapters 0.97 (H200).
+        splits = min(_splits(limits, -(-tiles * siblings // 2), k, at_least=1024), 8)
         if wide:
             return TileConfig(16, 16, 32, splits=splits, num_warps=4, num_stages=3)
         # Alone, two warps take 0.7 to 1.0 of the time with 64 adapters, as long with 16, and 1.1
-        # with one; in decode steps of 7B four were faster with 1 and 16 (H200).
-        return TileConfig(16, 16, 128, splits=splits, num_warps=4, num_stages=4)
+        # with one; beside a decode_gemm, which leaves them few registers, less in every case, by 0
+        # to 16 us a layer (H200, 7B).
+        warps = 2 if aligned else 4  # which spill 24 bytes a thread unaligned (sm_89)
+        return TileConfig(16, 16, 128, splits=splits, num_warps=warps, num_stages=4)
     # The expand reads every plane once for each of its runs of columns.
     splits = min(_splits(limits, -(-m // 64), k, at_least=512), 16)
     widest = (64 if siblings == 1 and aligned else 32) // (2 if wide else 1)
@@ -348,12 +354,28 @@ def _segmented_expand_tile(wide: bool, m: int, rank: int, aligned: bool) -> Tile
     # More ranks of unaligned rows spill 8 to 32 bytes (64 on sm_120; 32 in large tiles on sm_100).
     if m <= DECODE_ROWS:
         block_n, block_r = (128, min(rank, 64)) if aligned else (64, min(rank, 32))
-        return TileConfig(16, block_n, block_r, num_warps=4, num_stages=3, programs=4)
+        return TileConfig(16, block_n, block_r, num_warps=4, num_stages=4, programs=4)
     # As many programs as run at once. Eight warps would hold the product of hi and that of lo in
     # different layouts, and exchange the sum between them (sm_90).
     block_n = 32 if not aligned else 128 if rank <= 64 else 64
     block_r = min(rank, 64 if aligned else 16)
     return TileConfig(64, block_n, block_r, num_warps=4, num_stages=3, programs=2)
+
+
+def _decode_gemm_tile(limits: DeviceLimits, m: int, n: int, aligned: bool) -> TileConfig:
+    """Return the tile: ``block_n`` weights' rows, which tensor cores want to be 64."""
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
+    if not aligned or limits.capability not in (90, 100):
+        # Unaligned, a depth of 64 spills 80 bytes a thread (sm_120).
+        return TileConfig(block_m, 64, 64 if aligned else 32, num_warps=4, num_stages=3)
+    if -(-n // 64) >= 3 * limits.processors:
+        # Three programs a processor. With 64 rows a depth of 128 takes 1.03 of the time, and with
+        # 32 one of 64 1.13 (H200, gate and up of 7B).
+        block_k, stages = (64, 4) if block_m == 64 else (128, 3)
+        return TileConfig(block_m, 64, block_k, num_warps=4, num_stages=stages)
+    # One of them has to have in flight what a processor's share of the bandwidth takes: with three
+    # stages down of 7B takes 1.7 times as long, in half of the depth 1.1 to 1.2 times.
+    return TileConfig(block_m, 64, 128, num_warps=4, num_stages=6 if block_m == 64 else 8)
 
 
 def _splits(limits: DeviceLimits, blocks: int, length: int, at_least: int) -> int:

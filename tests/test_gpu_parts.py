@@ -43,7 +43,10 @@ SERVED = {
     ("an empty launch of 528 programs", "triton"),
     ("decode", "frozen"),
     ("decode, 2 adapters", "fastlora"),
+    ("decode, 2 adapters", "fastlora-in-turn"),
+    ("decode, 2 adapters", "fastlora-added"),
     ("decode, launches that do nothing", "empty"),
+    ("frozen product of gate_proj/up_proj", "fastlora"),
     ("segmented_shrink of q_proj/k_proj/v_proj, 2 adapters", "fastlora"),
     ("segmented_expand of down_proj, 2 adapters", "fastlora"),
     ("prefill", "frozen"),
@@ -81,7 +84,7 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
         checked = [row for row in rows if row.provider.startswith("fastlora") and row.to_frozen]
         gates = [row.gate for row in checked if row.case.startswith(("decode, 2", "prefill"))]
         # Of a decode, and of a prefill in a graph and without one.
-        assert len(gates) == len(serving.VARIANTS) + 2 * len(serving.PREFILL_PROVIDERS)
+        assert len(gates) == len(serving.VARIANTS) + 2 * len(serving.prefill_providers(65))
         assert all(0 < gate <= 1 for gate in gates)
     if part in ("bench", "compiled"):
         rows = results.read_folder(tmp_path)
@@ -247,10 +250,10 @@ SHARE = Row(
 @pytest.mark.parametrize(
     ("change", "least"),
     [
-        ({}, 0.80),
-        ({"case": "decode, 1 adapter", "tokens": 64}, 0.86),
-        ({"case": "decode, 64 adapters", "tokens": 64}, 0.65),
-        ({"case": "decode, 64 adapters", "provider": "fastlora-overlapped"}, 0.68),
+        ({}, 0.85),
+        ({"case": "decode, 1 adapter", "tokens": 64}, 0.92),
+        ({"case": "decode, 64 adapters", "tokens": 64}, 0.68),
+        ({"case": "decode, 64 adapters", "provider": "fastlora-in-turn"}, 0.65),
         ({"case": "prefill, 1 adapter", "tokens": 8192, "timer": "eager"}, 0.92),
         ({"case": "prefill, 16 adapters", "tokens": 512}, 0.90),
     ],
@@ -316,8 +319,15 @@ def test_all_that_serving_promises_is_timed():
 def test_launches_are_what_adapters_add_and_others_are_named(session, monkeypatch):
     served = serving.Served(serving._tiny(), session.device, session.dtype, [(2, 16)])
     bare = collections.Counter({"gemm": 7})
-    ours = bare + collections.Counter(
-        {"_segmented_shrink_kernel": 4, "_segmented_expand_kernel": 4, "argsort": 1}
+    # The frozen products are no part of what adapters add, whoever computes them.
+    ours = collections.Counter(
+        {
+            "gemm": 2,
+            "_decode_gemm_kernel": 3,
+            "_segmented_shrink_kernel": 4,
+            "_segmented_expand_kernel": 4,
+            "argsort": 1,
+        }
     )
     found = iter([bare, ours])
     monkeypatch.setattr(serving, "launched", lambda step, device: next(found))
@@ -327,7 +337,7 @@ def test_launches_are_what_adapters_add_and_others_are_named(session, monkeypatc
         "launches of a decoder layer": 9,
         "launches for metadata": 1,
     }
-    assert "{'argsort': 1}" in session.run.lines[-1]
+    assert "'argsort': 1" in session.run.lines[-1]
 
 
 interpreted = pytest.mark.skipif(not plans.interpreting(), reason="it interprets kernels")

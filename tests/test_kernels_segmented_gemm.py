@@ -330,8 +330,8 @@ def test_any_mix_of_adapters(case):
 @pytest.fixture
 def fused(monkeypatch):
     """Let prefills be fused, from three rows on."""
-    monkeypatch.setattr(segmented_ops, "FUSES_PREFILL", True)
-    monkeypatch.setattr(segmented_ops, "MAX_DECODE_TOKENS", 2)
+    monkeypatch.setattr(segmented_ops, "PREFILL_ROWS", 3)
+    monkeypatch.setattr(segmented_ops, "DECODE_ROWS", 0)
     with fastlora.backend("fused"), torch.no_grad():
         yield
 
@@ -390,7 +390,7 @@ def test_linears_of_a_model_are_fused_and_right(monkeypatch):
     assert model.check(model.step(inputs, None, rows, rows)(), inputs, requests) <= 1
     # q, k, v; o; gate, up; down: all siblings at once.
     assert [len(ys) for ys in calls] == [3, 1, 2, 1]
-    monkeypatch.setattr(segmented_ops, "FUSES_PREFILL", False)
+    monkeypatch.setattr(segmented_ops, "PREFILL_ROWS", 41)
     assert model.check(model.step(inputs, None, rows, rows)(), inputs, requests) <= 1
     assert calls[4:] == [None] * 4
 

@@ -128,13 +128,15 @@ def test_kernels_import_only_torch_triton_the_standard_library_and_each_other():
             assert allowed, f"{path.name} imports {name}"
 
 
-# Kernels that are two halves of one operator, and one that adds a frozen product to its second.
+# Kernels that are two halves of one operator; and of a frozen product that goes with one: with its
+# second half inside, or beside its first.
 STEMS = {
     "output_pass": "adapter_grads",
     "input_pass": "adapter_grads",
     "segmented_shrink": "segmented_add",
     "segmented_expand": "segmented_add",
     "segmented_gemm": "segmented_add",
+    "decode_gemm": "segmented_add",
 }
 
 

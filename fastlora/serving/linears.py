@@ -182,12 +182,10 @@ class Routing:
         segments: Segments,
         max_rank: int,
     ) -> list[Tensor] | None:
-        """Compute ``with_adapters`` of plain linears in one launch after the shrink.
+        """Compute ``with_adapters`` of plain linears without torch's own products.
 
         ``None``: it is not to be done for these.
         """
-        if not segmented_ops.FUSES_PREFILL:
-            return None
         linears = [member for member in members if type(member) is RoutedLinear]
         weights, arena = [linear.weight for linear in linears], self.pool.arena
         if len(linears) < len(members) or not segmented_ops.fuses_linears(
