@@ -21,6 +21,7 @@ nothing, its code is the same.
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import os
 import re
@@ -150,11 +151,11 @@ def run_tests(run: Run) -> int:
         timer = threading.Timer(left, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         assert process.stdout is not None
-        passed = 0
+        passed: collections.Counter[str] = collections.Counter()
         try:
             for line in process.stdout:
                 if " PASSED" in line:
-                    passed += 1
+                    passed.update(re.findall(r"(\w+)\.py::", line))
                 elif " SKIPPED" not in line and "PytestBenchmarkWarning" not in line:
                     run.say(line.rstrip())
         except BaseException:  # Ctrl-C does not reach it
@@ -163,7 +164,9 @@ def run_tests(run: Run) -> int:
         finally:
             timer.cancel()
         if process.wait() < 0:
-            run.say(f"out of time: {passed} tests passed, and the rest did not run")
+            of_files = ", ".join(f"{count} of {name}" for name, count in sorted(passed.items()))
+            run.say(f"out of time: {passed.total()} tests passed, and the rest did not run")
+            run.say(of_files or "none passed")
         status |= process.returncode
     return 1 if status else 0
 

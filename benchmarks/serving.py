@@ -470,7 +470,9 @@ class Session:
                 for timer, timed in (("graph", step.replay), ("eager", eager)):
                     steps[timer, distinct, provider] = timed
                     about[timer, distinct, provider] = row | {"timer": timer}
-        timings = self.time(steps, max(1, self.sizes.turns // 4))
+        # A long one takes a sixth of a second: once in a round is enough.
+        turns = 1 if tokens > 1024 else max(1, self.sizes.turns // 4)
+        timings = self.time(steps, turns)
         for key, timing in timings.items():
             self.add(**about[key], **measuring.columns(timing, timings[key[0], 0, ""]))
 
@@ -836,12 +838,12 @@ def _measure(session: Session, model: Model, everything: bool) -> None:
     ]
     if everything:
         parts.append(("kernels", part(session.kernels, served, slots)))
+        parts.append(("peft", part(session.peft, served, slots)))
     parts += [
         (f"prefill of {tokens}", part(session.prefill, served, slots, tokens))
         for tokens in session.sizes.prefill
     ]
     if everything:
-        parts.append(("peft", part(session.peft, served, slots)))
         # Last: with them the pool's launches are made for a larger rank.
         parts.append(("ranks", part(session.ranks, served)))
     for title, measure in parts:

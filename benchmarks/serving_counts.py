@@ -6,7 +6,9 @@ Counted is what the engine's own linears launch (see ``fastlora/bench/counting.p
 of an H200: every operand of every launch once. How much of an operand a segmented kernel touches is
 up to the batch, which a tensor without data cannot say: of the arena the rank rows of the adapters
 that have rows, of x, h and y the rows that have an adapter. ``tests/test_serving_counts.py`` holds
-these bytes to what the kernels load and store in Triton's interpreter.
+these bytes to what the kernels load and store in Triton's interpreter. Frozen products are launches
+that are counted by themselves, PyTorch's or fastlora's own; a long prefill has them inside its
+segmented launches, of which only the adapters' part is counted then.
 
 Predicted is what follows from bytes and launches alone, by arithmetic; nothing of it was measured.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import collections
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,12 +26,13 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastlora import AdapterPool, plans, segmented_ops
 from fastlora.bench import counting
 from fastlora.bench.providers import DecoderLayer
 from fastlora.bench.shapes import INPUTS, MODELS, RANK, Linear, Model
-from fastlora.kernels import segmented_expand, segmented_shrink
+from fastlora.kernels import decode_gemm, segmented_expand, segmented_gemm, segmented_shrink
 from fastlora.segments import Segments
 from fastlora.serving.linears import RowsOfTokens, attach
 
@@ -48,7 +51,7 @@ PROMISED = {
 
 # The same of a prefill of so many tokens, at once or in chunks.
 PREFILL = {1: 0.92, 16: 0.90}
-PREFILL_TOKENS = (8192, 512)
+PREFILL_TOKENS = (512, 8192)
 
 # By which times are predicted, of an H200: a large copy, a large product in bf16, and a launch in a
 # CUDA graph.
@@ -57,7 +60,8 @@ FLOPS_PER_SECOND = 790e12
 SECONDS_PER_LAUNCH = 2e-6
 SLOTS = 1024  # of an engine's pool
 
-_MODULES = (segmented_shrink, segmented_expand)
+_MODULES = (segmented_shrink, segmented_expand, segmented_gemm, decode_gemm)
+_PRODUCT = "_decode_gemm_kernel"
 _PARTS = {"arena_ptr": "adapters", "x_ptr": "x", "h_ptr": "h"}
 
 Operands = tuple[dict[str, int], dict[str, int]]
@@ -155,10 +159,37 @@ def expand_bytes(
     return read, written
 
 
+def gemm_bytes(batch: Batch, ns: tuple[int, ...], planes: int, itemsize: int) -> Operands:
+    """Return the bytes that ``segmented_gemm`` reads for adapters; its products are the model's.
+
+    Args:
+        batch: the rows.
+        ns: out features of the linears.
+        planes: parts of h.
+        itemsize: of the adapters.
+    """
+    read, _ = expand_bytes(batch, ns, planes, itemsize, 16)
+    read = {name: read[name] for name in ("arena_ptr", "h_ptr", "descriptors_ptr")}
+    return read | {"slots_ptr": 4 * len(batch.slots)}, {}
+
+
+def product_bytes(arguments: Mapping[str, Any]) -> Operands:
+    """Return the bytes of each operand that ``decode_gemm`` reads, and that it writes."""
+    siblings = range(arguments["SIBLINGS"])
+    read = {"x": arguments["x"].base.nbytes}
+    read |= {f"weights.{s}": arguments[f"left_{s}"].base.nbytes for s in siblings}
+    return read, {f"ys.{s}": arguments[f"out_{s}"].nbytes for s in siblings}
+
+
 def operands_of(arguments: Mapping[str, Any], batch: Batch) -> Operands:
     """Return the bytes that one launch reads and writes, from the arguments of its kernel."""
+    if "left_0" in arguments:
+        return product_bytes(arguments)
     block_m = arguments["BLOCK_M"]
     planes, siblings = arguments["h_ptr"].shape[:2]
+    if "right_0" in arguments:
+        ns = tuple(output.columns for output in arguments["outputs"])
+        return gemm_bytes(batch, ns, planes, arguments["arena_ptr"].element_size())
     if "x_ptr" in arguments:
         x = arguments["x_ptr"]
         return shrink_bytes(batch, siblings, x.shape[-1], planes, x.element_size(), block_m)
@@ -177,6 +208,8 @@ def recording(batch: Batch) -> Iterator[counting.Recorder]:
                 parameters = tuple(getattr(module, name).arg_names)
                 stand_in = _Kernel(recorder, name, parameters, batch)
                 stack.enter_context(mock.patch.object(module, name, stand_in))
+        plain = segmented_ops.PLAIN_TENSORS | {FakeTensor}
+        stack.enter_context(mock.patch.object(segmented_ops, "PLAIN_TENSORS", plain))
         # The recorder watches, and would see the whole of it as one operator.
         stack.enter_context(mock.patch.object(segmented_ops, "is_watched", return_value=False))
         stack.enter_context(mock.patch.object(plans, "segmented_reason", return_value=""))
@@ -207,7 +240,7 @@ class LayerCounts:
     """What the linears of one decoder layer launch for a batch.
 
     Attributes:
-        frozen: launches of the linears alone.
+        frozen: launches of frozen products alone.
         kernels: of the segmented kernels.
         others: of anything else: metadata, copies.
         moved: bytes that the segmented kernels move: of the adapters, of x, of y (read and
@@ -241,15 +274,15 @@ def count_layer(model: str, distinct: int, rows: int, rank: int = RANK) -> Layer
         rank: of the adapters, on every linear.
     """
     batch = Batch.of(distinct, rows, rank)
-    with_adapters = _launches(MODELS[model].linears, batch, rank)
-    bare = _launches(MODELS[model].linears, None, rank)
-    return summed(with_adapters, len(bare))
+    bare = {launch.name for launch in _launches(MODELS[model].linears, None, rank)}
+    return summed(_launches(MODELS[model].linears, batch, rank), bare | {_PRODUCT})
 
 
-def summed(launches: list[counting.Launch], frozen: int) -> LayerCounts:
-    """Sort launches, of which so many are the linears' own."""
+def summed(launches: list[counting.Launch], products: Collection[str]) -> LayerCounts:
+    """Sort launches, of which those of some names are frozen products."""
     moved = dict.fromkeys(("adapters", "x", "y", "h", "metadata"), 0)
-    kernels = [launch for launch in launches if launch.name.endswith("_kernel")]
+    frozen = sum(launch.name in products for launch in launches)
+    kernels = [launch for launch in launches if launch.name.startswith("_segmented_")]
     for launch in kernels:
         for operand, size in [*launch.reads.items(), *launch.writes.items()]:
             is_y = operand.startswith("ys.")

@@ -317,14 +317,13 @@ def _segmented_shrink_tile(
     if m <= DECODE_ROWS:
         # Two items a processor, if all rows have one adapter.
         tiles = -(-m // 16)  # at least
-        # The expand reads every plane, and nothing hides it: splits of 512 columns are 0.7 of the
-        # time of those of 1024, and a step of 7B with 64 adapters 0.97 (H200).
+        # The expand adds the planes, and nothing hides it: splits of 512 columns, 16 at most, are
+        # faster here (4.1 us for 5.9) and slower there (a layer of 7B, one adapter: 21.1 for 18.4).
         splits = min(_splits(limits, -(-tiles * siblings // 2), k, at_least=1024), 8)
         if wide:
             return TileConfig(16, 16, 32, splits=splits, num_warps=4, num_stages=3)
-        # Alone, two warps take 0.7 to 1.0 of the time with 64 adapters, as long with 16, and 1.1
-        # with one; beside a decode_gemm, which leaves them few registers, less in every case, by 0
-        # to 16 us a layer (H200, 7B).
+        # Two warps leave room beside a decode_gemm: 0 to 22 us a layer where both began at once; in
+        # today's order, which has the product first, they are as fast as four (H200, 7B).
         warps = 2 if aligned else 4  # which spill 24 bytes a thread unaligned (sm_89)
         return TileConfig(16, 16, 128, splits=splits, num_warps=warps, num_stages=4)
     # The expand reads every plane once for each of its runs of columns.
@@ -374,7 +373,7 @@ def _decode_gemm_tile(limits: DeviceLimits, m: int, n: int, aligned: bool) -> Ti
         block_k, stages = (64, 4) if block_m == 64 else (128, 3)
         return TileConfig(block_m, 64, block_k, num_warps=4, num_stages=stages)
     # One of them has to have in flight what a processor's share of the bandwidth takes: with three
-    # stages down of 7B takes 1.7 times as long, in half of the depth 1.1 to 1.2 times.
+    # stages down of 7B takes 1.7 times as long, in half of the depth 1.2 to 1.3 times.
     return TileConfig(block_m, 64, 128, num_warps=4, num_stages=6 if block_m == 64 else 8)
 
 

@@ -312,7 +312,7 @@ def test_all_that_serving_promises_is_timed():
     for promised in serving.PROMISED.values():
         assert {distinct for distinct, _ in sizes.decode} == set(promised)
     assert sizes.distinct == tuple(serving.PREFILL)
-    assert sizes.prefill == (8192, 512)
+    assert sizes.prefill == (512, 8192)
     assert serving.PROVIDERS[serving.LAUNCHES] in serving.VARIANTS
 
 

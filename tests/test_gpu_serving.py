@@ -176,10 +176,13 @@ def test_a_layer_takes_eight_launches_and_none_for_metadata(tokens, monkeypatch)
     inputs, rows = model.inputs(tokens), Rows(tokens, model.pool)
     rows.tell(serving.in_turns(slots, tokens))
     ours = serving.launched(model.step(inputs, None, rows, rows), CUDA)
-    ours.subtract(serving.launched(model.step(inputs, None, None, None), CUDA))
-    added = {name: count for name, count in ours.items() if count}
-    assert all(map(serving.is_segmented, added)), added
-    assert sum(added.values()) == 8 * LAYERS, added
+    bare = serving.launched(model.step(inputs, None, None, None), CUDA)
+    # A step that generates has frozen products of its own, on Hopper's.
+    others = [name for name in ours - bare if not serving.is_own(name)]
+    assert not others, ours
+    assert sum(n for name, n in ours.items() if serving.is_segmented(name)) == 8 * LAYERS, ours
+    products = sum(n for name, n in ours.items() if not serving.is_segmented(name))
+    assert products <= bare.total(), (ours, bare)
 
 
 def test_results_do_not_depend_on_the_stream():
