@@ -520,7 +520,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def quick_cases(target: Target) -> Iterator[Case]:
-    """Yield one call of each kernel at rank 16, for a test: 6 compilations, and 14 for sm_90."""
+    """Yield one call of each kernel at rank 16, for a test: 6 compilations, and 16 for sm_90."""
     # The pass over x is the same code on all of NVIDIA's but for its copies: sm_90 stands for them.
     everywhere = OPERATIONS if target.name in ("sm_90", "gfx942") else OPERATIONS[:-1]
     yield Case("bf16 r=16", m=16384, masks=("seed",), operations=everywhere)
@@ -529,6 +529,8 @@ def quick_cases(target: Target) -> Iterator[Case]:
             segmented = {"masks": ("none",), "operations": SEGMENTED}
             yield Case(f"bf16 r=16 T={m}", m=m, ns=SIBLINGS["q, k, v"], **segmented)
         yield Case("bf16 r=16", m=16384, masks=("none",), operations=("segmented_gemm",))
+        step = {"m": 64, "ns": SIBLINGS["q, k, v"], "operations": ("decode_gemm",)}
+        yield Case("bf16 r=16", masks=("none",), **step)
         yield AttentionCase("attention T=64", m=64, sequences=64)
 
 

@@ -34,9 +34,9 @@ OVERLAPS = True
 # Batches of so few rows take linears_with_adapters: decode_gemm reads the weights of all siblings
 # in one launch. With more rows it is slower than cuBLAS for most linears.
 DECODE_ROWS = 64
-# And batches of so many: 8,192 tokens of 16 adapters run at 97 % of the base model's speed, for 92
-# with an expand after each product (H200, 7B). With fewer tokens a row block of which every row has
-# another adapter takes longer than all expands.
+# And batches of so many: 8,192 tokens of 16 adapters run at 94 % of the base model's speed, for 90
+# with an expand after each product (H200, 7B). With fewer tokens, by arithmetic, a row block of
+# which every row has another adapter takes longer than all expands.
 PREFILL_ROWS = 4096
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,23 @@ def test_few_rows_go_to_cublas_unless_a_mask_is_drawn(pretend):
     assert plan("shrink", m=63) == "plain"
     assert plan("shrink", m=63, masked=True) == "hybrid"
     assert plan(m=64) == "hybrid"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [(80, "plain"), (90, "fused"), (100, "plain")])
+def test_a_step_has_products_of_its_own_where_they_were_timed(
+    pretend, monkeypatch, capability, expected
+):
+    pretend(replace(H200, capability=capability))
+    for kernel in (plans.SEGMENTED, plans.DECODE_GEMM):
+        monkeypatch.setitem(plans._segmented, (kernel, CUDA), "")
+    for m in (1, 16, 64):
+        assert plan("decode_gemm", m=m) == expected
+        assert plan("decode_gemm", m=m, dtype=FP32) == "plain"
+        with fastlora.backend("fused"):
+            assert plan("decode_gemm", m=m) == "fused"
+    monkeypatch.setitem(plans._segmented, (plans.SEGMENTED, CUDA), "the expand is wrong")
+    plans._decided.cache_clear()
+    assert plan("decode_gemm") == "plain"
 
 
 def write_table(folder, plan, **key):
@@ -336,26 +354,34 @@ def test_segmented_kernels_are_checked_on_their_own(unchecked, monkeypatch, kern
 
 
 @interpreted
-def test_without_the_segmented_gemm_the_two_other_kernels_are_used(unchecked, monkeypatch):
-    from fastlora.kernels import segmented_gemm
+@pytest.mark.parametrize(
+    ("kernel", "instead"),
+    [
+        ("segmented_gemm", "are added to the frozen products"),
+        ("decode_gemm", "frozen products are computed by PyTorch"),
+    ],
+)
+def test_without_a_gemm_the_two_other_kernels_are_used(unchecked, monkeypatch, kernel, instead):
+    import importlib
 
     sizes = 300, 48, 64, 32
     with fastlora.backend("fused"):
-        assert plans.plan_for("segmented_gemm", CPU, FP16, *sizes) == "fused"
-        assert plans.plan_for("segmented_gemm", CPU, torch.float32, *sizes) == "plain"
+        assert plans.plan_for(kernel, CPU, FP16, *sizes) == "fused"
+        assert plans.plan_for(kernel, CPU, torch.float32, *sizes) == "plain"
     plans._segmented.clear()
     plans._decided.cache_clear()
-    prepare = segmented_gemm.prepare_segmented_gemm
+    module = importlib.import_module(f"fastlora.kernels.{kernel}")
+    prepare = getattr(module, f"prepare_{kernel}")
 
     def broken(*operands):
         run = prepare(*operands)
         return lambda *tensors: [1.5 * y for y in run(*tensors)]
 
-    monkeypatch.setattr(segmented_gemm, "prepare_segmented_gemm", broken)
-    wrong = "segmented_gemm does not work .* is off by .* are added to the frozen products"
+    monkeypatch.setattr(module, f"prepare_{kernel}", broken)
+    wrong = f"{kernel} does not work .* is off by .* {instead}"
     with fastlora.backend("fused"):
         with pytest.warns(RuntimeWarning, match=wrong):
-            assert plans.plan_for("segmented_gemm", CPU, FP16, *sizes) == "plain"
+            assert plans.plan_for(kernel, CPU, FP16, *sizes) == "plain"
         assert plans.plan_for("segmented_add", CPU, FP16, *sizes) == "fused"
 
 

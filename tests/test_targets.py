@@ -70,7 +70,8 @@ def test_default_tiles_have_no_problem_on_any_target(result, defaults):
     for target in targets.TARGETS:
         for kernel in ("_shrink_kernel", GEMM, "_output_pass_kernel", "_add_partials_kernel"):
             assert (target.name, kernel) in kernels
-    for stem in ("input_pass", "segmented_shrink", "segmented_expand", "segmented_gemm"):
+    segmented = ("segmented_shrink", "segmented_expand", "segmented_gemm", "decode_gemm")
+    for stem in ("input_pass", *segmented):
         assert ("sm_90", f"_{stem}_kernel") in kernels
 
 
