@@ -24,16 +24,11 @@ from peft.utils.other import get_pattern_key
 from tiny_models import tiny_model, tiny_peft
 from torch import nn
 
-from fastlora.adapters import files
-from fastlora.adapters.files import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    Adapter,
-    AdapterError,
-    check_name,
-    read_adapter,
-)
+from fastlora.adapters import config, files
+from fastlora.adapters.adapter import Adapter, LoraFactors, check_name
+from fastlora.adapters.checks import PREFIX
+from fastlora.adapters.errors import AdapterError, Refusal
+from fastlora.adapters.files import CONFIG, WEIGHTS, read_adapter
 
 FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -190,7 +185,7 @@ def test_what_is_told_of_an_adapter(lora, expected, tmp_path: Path) -> None:
 
 def test_many_targets_are_abridged() -> None:
     factors = {
-        f"h.{n}": files.LoraFactors(torch.zeros(1, 2), torch.zeros(2, 1, dtype=BF16), 1.0)
+        f"h.{n}": LoraFactors(torch.zeros(1, 2), torch.zeros(2, 1, dtype=BF16), 1.0)
         for n in range(10)
     }
     adapter = Adapter("emoji", "", factors, "", None)
@@ -293,8 +288,8 @@ def test_patterns_that_saving_reorders_are_read_as_peft_loads_them(tmp_path: Pat
 def test_patterns_are_resolved_as_in_peft(pattern):
     paths = [*LINEARS, "a", "a.b", "aab", "b.a.b"]
     try:
-        ours = files._by_module(pattern, paths, "rank_pattern")
-    except files._Refusal:
+        ours = config.by_module(pattern, paths, "rank_pattern")
+    except Refusal:
         return
     theirs = {path: pattern.get(get_pattern_key(pattern.keys(), path)) for path in paths}
     assert ours == {path: value for path, value in theirs.items() if value is not None}
@@ -302,9 +297,9 @@ def test_patterns_are_resolved_as_in_peft(pattern):
 
 def test_without_pefts_helper_patterns_are_resolved_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = {key: value for value, key in enumerate(KEYS)}
-    expected = files._by_module(pattern, LINEARS, "rank_pattern")
+    expected = config.by_module(pattern, LINEARS, "rank_pattern")
     monkeypatch.delattr("peft.utils.other.get_pattern_key")
-    assert files._by_module(pattern, LINEARS, "rank_pattern") == expected
+    assert config.by_module(pattern, LINEARS, "rank_pattern") == expected
     assert len(expected) > 10
 
 
@@ -438,14 +433,14 @@ def test_initialisations_that_leave_the_base_alone_do_no_harm(init: object, fold
 
 
 def test_every_field_of_the_installed_peft_is_known() -> None:
-    tables = files._USED | files._HARMLESS | set(files._REFUSED)
+    tables = config._USED | config._HARMLESS | set(config._REFUSED)
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= tables
 
 
 def test_a_field_that_only_peft_knows_may_have_its_default(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_HARMLESS", files._HARMLESS - {"qalora_group_size"})
+    monkeypatch.setattr(config, "_HARMLESS", config._HARMLESS - {"qalora_group_size"})
     read_adapter("emoji", folder, LINEARS)
     configure(folder, qalora_group_size=32)
     assert "'qalora_group_size' is 32: this version of fastlora" in refusal(folder)
@@ -487,7 +482,7 @@ def test_nothing_that_a_config_names_is_followed(
         (b'"LORA"', "not a JSON object, but 'LORA'"),
         (b'{"r": 8, "r": 4}', "'r' stands in it twice"),
         (b'{"peft_type": "LORA", "r": 4}', "lora_alpha"),
-        (b"{" + b" " * (files._MAX_CONFIG_BYTES + 1), "more than 16777216 bytes"),
+        (b"{" + b" " * (config._MAX_CONFIG_BYTES + 1), "more than 16777216 bytes"),
     ],
     ids=["empty", "open", "utf-16", "nested", "list", "string", "twice", "short", "large"],
 )
@@ -592,7 +587,7 @@ def test_ranks_that_the_config_does_not_say_are_refused(folder: Path) -> None:
 def test_a_file_of_senseless_size_is_not_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_read_data", None)
+    monkeypatch.setattr(files, "read_data", None)
     rank = 10**6
     entries = {}
     for key, shape in ((Q_PROJ_A, [rank, 32]), (Q_PROJ_B, [32, rank])):
@@ -716,27 +711,27 @@ def test_damaged_files_are_refused_or_give_the_same_shapes(data, saved: Path, tm
 def test_a_file_that_is_written_to_meanwhile_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = files._read_data
+    read = files.read_data
 
     def meanwhile(*args):
         os.utime(folder / CONFIG, ns=(1, 1))
         return read(*args)
 
-    monkeypatch.setattr(files, "_read_data", meanwhile)
+    monkeypatch.setattr(files, "read_data", meanwhile)
     assert "was written to while it was read" in refusal(folder)
 
 
 def test_a_file_that_shrinks_meanwhile_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = files._check_tensors
+    check = files.check_tensors
 
     def meanwhile(*args):
         fits = check(*args)
         os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 64)
         return fits
 
-    monkeypatch.setattr(files, "_check_tensors", meanwhile)
+    monkeypatch.setattr(files, "check_tensors", meanwhile)
     assert "cut off" in refusal(folder)
 
 

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from fastlora import segmented
 from fastlora.adapters import pool as pool_module
-from fastlora.adapters.files import Adapter, AdapterError, LoraFactors, read_adapter
+from fastlora.adapters.adapter import Adapter, LoraFactors
+from fastlora.adapters.errors import AdapterError
+from fastlora.adapters.files import read_adapter
 from fastlora.adapters.pool import AdapterPool, Lease
 
 MODEL = served_model()

@@ -42,7 +42,7 @@ from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 import fastlora
-from fastlora.adapters.files import AdapterError
+from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.pool import AdapterPool
 from fastlora.segments import Segments
 from fastlora.serving import batching, linears

@@ -61,7 +61,9 @@ INSIDE = {
         "report",
         "command",
     ],
-    "adapters": ["files", "pages", "pool"],
+    "adapters": [
+        *("errors", "adapter", "config", "weights", "checks", "live", "files", "pages", "pool"),
+    ],
     "serving": [
         *("sampling", "attention", "linears", "requests", "manager", "batching", "engine", "chat"),
     ],

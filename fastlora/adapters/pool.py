@@ -30,7 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import plans
-from fastlora.adapters.files import Adapter, AdapterError, read_adapter
+from fastlora.adapters.adapter import Adapter
+from fastlora.adapters.errors import AdapterError
+from fastlora.adapters.files import read_adapter
 from fastlora.adapters.pages import PageAllocator, Placement
 from fastlora.discovery import sibling_names
 from fastlora.segmented import Adapters, Factors

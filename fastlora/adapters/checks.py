@@ -1,0 +1,173 @@
+"""Whether an adapter's tensors fit the linears of the base model, and what its config says."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.adapter import LoraFactors
+from fastlora.adapters.config import Settings, by_module
+from fastlora.adapters.errors import Refusal, about, shown
+from fastlora.adapters.weights import DTYPES, Entry
+
+PREFIX = "base_model.model."  # peft's, before the path of every module
+_FACTOR = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<factor>lora_[AB])\.weight", re.DOTALL)
+_OTHER_TENSORS = {  # by what their names have in them
+    ".modules_to_save.": "a module that was trained whole is not supported",
+    ".original_module.": "a module that was trained whole is not supported",
+    ".trainable_tokens_": "trained rows of an embedding are not supported",
+    ".lora_embedding_": "LoRA on an embedding is not supported",
+    ".lora_magnitude_vector": "DoRA is not supported",
+    ".bias": "biases are not supported",
+}
+
+
+class _Fit(NamedTuple):
+    """The names of one linear's two tensors, and its scaling."""
+
+    lora_a: str
+    lora_b: str
+    scaling: float
+
+
+def check_tensors(
+    entries: Mapping[str, Entry],
+    settings: Settings,
+    linears: Mapping[str, tuple[int, int]],
+    max_rank: int,
+) -> dict[str, _Fit]:
+    """Check names, dtypes and shapes of all tensors; returned by the path of their linear."""
+    if not entries:
+        raise Refusal("it has no tensors")
+    pairs = _pairs(entries, linears)
+    with about(settings.where):
+        ranks = by_module(settings.rank_pattern, pairs, "rank_pattern")
+        alphas = by_module(settings.alpha_pattern, pairs, "alpha_pattern")
+    fits: dict[str, _Fit] = {}
+    for path in linears:
+        if path not in pairs:
+            continue
+        key_a, key_b = pairs[path]["lora_A"], pairs[path]["lora_B"]
+        rank = _rank_of(path, (key_a, entries[key_a]), (key_b, entries[key_b]), linears[path])
+        asked = ranks.get(path, settings.r)
+        if rank != asked:
+            # They may differ in what peft itself saved: saving sorts the keys.
+            field = "the first key of rank_pattern that matches" if path in ranks else "r"
+            raise Refusal(f"{path} has rank {rank}, and its config says {asked} ({field})")
+        if rank > max_rank:
+            raise Refusal(f"{path} has rank {rank}, at most {max_rank} is allowed")
+        with about(settings.where):
+            fits[path] = _Fit(key_a, key_b, _scaling(path, rank, alphas, settings))
+    return fits
+
+
+def _pairs(
+    entries: Iterable[str], linears: Mapping[str, tuple[int, int]]
+) -> dict[str, dict[str, str]]:
+    """Return the names of lora_A and lora_B by the path of their linear."""
+    pairs: dict[str, dict[str, str]] = {}
+    for key in entries:
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            raise Refusal(f"tensor {shown(key)}: {_other_tensor(key)}")
+        if match["path"] not in linears:
+            raise Refusal(f"tensor {shown(key)}: {_unknown(match['path'], linears)}")
+        pairs.setdefault(match["path"], {})[match["factor"]] = key
+    for keys in pairs.values():
+        for factor, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            if factor not in keys:
+                raise Refusal(f"tensor {shown(keys[other])}: there is no {factor} beside it")
+    return pairs
+
+
+def _other_tensor(key: str) -> str:
+    for part, reason in _OTHER_TENSORS.items():
+        if part in key:
+            return reason
+    if not key.startswith(PREFIX):
+        return f"its name does not begin with {PREFIX}, as peft writes it"
+    if ".lora_" not in key:
+        # peft adds them by itself where lm_head or embed_tokens is a target.
+        return (
+            "weights of the base model are not supported; if it was not trained, save the adapter "
+            "with save_pretrained(..., save_embedding_layers=False)"
+        )
+    return "only lora_A.weight and lora_B.weight of linears are supported"
+
+
+def _unknown(path: str, linears: Mapping[str, tuple[int, int]]) -> str:
+    last = path.rpartition(".")[2]
+    # A comparison with every expert of a large model takes seconds.
+    alike = [each for each in linears if each.rpartition(".")[2] == last] or list(linears)
+    close = difflib.get_close_matches(path[:500], alike[:2000], n=3, cutoff=0.5)
+    hint = f", but {', '.join(close)}" if close else ""
+    return (
+        f"the base model has no linear {shown(path)}{hint}; was it perhaps trained on another "
+        "model?"
+    )
+
+
+def _rank_of(
+    path: str, a: tuple[str, Entry], b: tuple[str, Entry], features: tuple[int, int]
+) -> int:
+    """Return the rank of one linear's tensors, whose dtypes and shapes are checked."""
+    n, k = features
+    for (key, entry), side, size, needed in ((a, 1, k, f"[r, {k}]"), (b, 0, n, f"[{n}, r]")):
+        if not any(entry.dtype == str(dtype) for dtype in DTYPES.values()):
+            raise Refusal(f"tensor {shown(key)} is {entry.dtype}, not fp32, fp16 or bf16")
+        if len(entry.shape) != 2 or entry.shape[side] != size:
+            raise Refusal(
+                f"tensor {shown(key)} has shape {shown(list(entry.shape))}, and {path} of the "
+                f"base model needs {needed}; was it perhaps trained on another model?"
+            )
+    rank_a, rank_b = a[1].shape[0], b[1].shape[1]
+    if rank_a != rank_b or not rank_a:
+        raise Refusal(f"{path} has lora_A of rank {rank_a} and lora_B of rank {rank_b}")
+    return rank_a
+
+
+def _scaling(path: str, rank: int, alphas: Mapping[str, float], settings: Settings) -> float:
+    if settings.scalings is not None:
+        scaling = settings.scalings[path]
+    else:
+        alpha = alphas.get(path, settings.alpha)
+        scaling = alpha / (math.sqrt(rank) if settings.rslora else rank)
+    # The kernels multiply by it in fp32; this is not true of NaN either.
+    if not abs(scaling) <= torch.finfo(torch.float32).max:
+        raise Refusal(f"the scaling of {path} is {scaling}, not finite in fp32")
+    return scaling
+
+
+def factors_of(fits: Mapping[str, _Fit], tensor: Callable[[str], Tensor]) -> dict[str, LoraFactors]:
+    """Take the tensors and look at their numbers."""
+    return {
+        path: LoraFactors(_finite(fit.lora_a, tensor), _finite(fit.lora_b, tensor), fit.scaling)
+        for path, fit in fits.items()
+    }
+
+
+def _finite(key: str, tensor: Callable[[str], Tensor]) -> Tensor:
+    values = tensor(key)
+    # One pass without a temporary; where there is a NaN, it is both of them.
+    low, high = (float(bound) for bound in torch.aminmax(values))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise Refusal(f"tensor {shown(key)} has {'NaN' if math.isnan(low) else 'infinity'} in it")
+    return values
+
+
+def fingerprint_of(factors: Mapping[str, LoraFactors]) -> str:
+    """Return the SHA-256 of all that decides what is computed."""
+    digest = hashlib.sha256()
+    for path, each in factors.items():
+        digest.update(f"{path} {each.rank} {each.scaling!r}\n".encode())
+        for tensor in (each.lora_a, each.lora_b):
+            digest.update(f"{tensor.dtype}\n".encode())
+            digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
