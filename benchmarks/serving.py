@@ -93,7 +93,7 @@ PROVIDERS = {8: "fastlora-in-turn", 4: "fastlora"}
 VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "fastlora": nullcontext,
     "fastlora-in-turn": functools.partial(mock.patch.object, segmented_ops, "OVERLAPS", False),
-    "fastlora-added": functools.partial(mock.patch.object, segmented_ops, "DECODE_ROWS", 0),
+    "fastlora-added": functools.partial(mock.patch.object, segmented_ops, "DECODE_GEMM_ROWS", 0),
 }
 _NEVER = 1 << 30  # rows
 
@@ -419,7 +419,7 @@ class Session:
                     steps[variant, distinct], about[variant, distinct] = step, row
             with (
                 mock.patch.object(segmented_ops, "OVERLAPS", False),
-                mock.patch.object(segmented_ops, "DECODE_ROWS", 0),
+                mock.patch.object(segmented_ops, "DECODE_GEMM_ROWS", 0),
                 mock.patch.object(segmented_ops, "add_adapters", empty_launches),
             ):
                 rows = Rows(count, served.pool)

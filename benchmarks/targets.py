@@ -76,6 +76,7 @@ INSTRUCTIONS = {
     "TMA store": r"cp\.async\.bulk\.tensor\S*\.global\.shared",
     "cp.async": r"cp\.async\.c[ag]",
     "mfma": r"\bv_mfma_",
+    "waits": r"griddepcontrol\.wait",
     "atomics": r"\b(?:atom|red)\.\w|\w+_atomic_\w+",
 }
 TMA = ("TMA load", "TMA store")

@@ -12,6 +12,9 @@ that knows:
     the user's cache               measured by ``fastlora tune``
     a rule that is safe anywhere   hybrid; below 64 rows, cuBLAS for everything but dropout
 
+Serving's two GEMMs (``decode_gemm``, ``segmented_gemm``) are taken on Hopper, where they were
+timed, for the numbers of rows that ``segmented_ops`` gives them.
+
 Before a device's first use every kernel computes one small problem, and a kernel that is wrong
 there, or does not compile, is not used: without ``low_rank_gemm`` fused becomes hybrid, without
 ``low_rank_term`` the products with frozen weights become plain, and without ``shrink`` or
@@ -57,14 +60,15 @@ KERNELS: dict[str, Plan] = {
     "low_rank_term": PLAIN,
     "low_rank_gemm": HYBRID,
 }
-# The two segmented kernels, which only an engine needs, and the frozen product of a step that
-# generates: checked when a pool is made. And the one that is a prefill's frozen product and the
-# second of those in one: when it is first asked for.
+# What only an engine needs, checked when a pool is made: the two segmented kernels, the frozen
+# product of a step that generates, and the one that is a prefill's and the second of those in one.
 SEGMENTED, DECODE_GEMM, SEGMENTED_GEMM = "segmented_add", "decode_gemm", "segmented_gemm"
 _FOR_EVERYTHING = frozenset(("shrink", "adapter_grads"))
 GEMMS = frozenset(("low_rank_gemm", "input_grad"))
 MAX_RANK = 256  # the widest accumulator that stays in registers
-MIN_ROWS = 64  # below it a Triton tile is mostly padding, and cuBLAS has kernels for few rows
+# In training, a Triton tile is mostly padding below it, and cuBLAS has kernels for few rows.
+MIN_ROWS = 64
+MIN_COLUMNS = 3584  # of a decode_gemm: o and down of 7B, the fewest that were timed
 _KERNEL_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
 # The names given by backend(), innermost last. Process-wide and not a context variable: the
@@ -162,6 +166,8 @@ def plan_for(
         # interpreter is a thousand times slower than PyTorch.
         return PLAIN
     if operation in _WITHOUT:
+        if operation != SEGMENTED and not _is_worth_it(operation, device, dtype, n, wanted):
+            return PLAIN  # before it is checked: that takes seconds, and may warn
         segmented_reason(device, operation)
     elif device not in _failures:
         failed_kernels(device)
@@ -237,17 +243,30 @@ def _automatic(
 ) -> Plan:
     if operation == SEGMENTED:
         return FUSED  # PyTorch would have to ask the device which adapters there are
-    default = FUSED if operation == SEGMENTED_GEMM else HYBRID
     if operation == DECODE_GEMM:
-        # Timed on an H200; what makes it fast there are Hopper's copies and early launches.
-        default = FUSED if device_limits(device).capability == 90 else PLAIN
-    elif m < MIN_ROWS:
+        return FUSED
+    default = FUSED if operation == SEGMENTED_GEMM else HYBRID
+    if m < MIN_ROWS:
         # Without a mask PyTorch needs one launch for each thin product, as Triton does.
         return HYBRID if masked else PLAIN
     entries = tuned_entries(device_limits(device).name)
     entry = entries.get(tile_key(operation, dtype, m, n, k, r, siblings), {})
     plan: Plan = entry.get("plan", default)
     return plan
+
+
+def _is_worth_it(
+    operation: str, device: torch.device, dtype: torch.dtype, n: int, wanted: str
+) -> bool:
+    """Return whether a GEMM of serving's may be taken, if it is right on this device.
+
+    Unless asked for, where it was timed: on Hopper, whose copies and early launches make it fast,
+    and ``decode_gemm`` with at least 56 programs of 64 columns.
+    """
+    if dtype == torch.float32:
+        return False
+    timed = device_limits(device).capability == 90
+    return wanted != "auto" or (timed and (operation != DECODE_GEMM or n >= MIN_COLUMNS))
 
 
 @functools.cache
@@ -323,6 +342,17 @@ def check_device(device: torch.device) -> dict[str, str]:
 
 
 _segmented: dict[tuple[str, torch.device], str] = {}
+
+
+def check_serving(device: torch.device, dtype: torch.dtype) -> None:
+    """Check the kernels that a batch with adapters may take: a CUDA graph's capture could not.
+
+    Args:
+        device: of the model.
+        dtype: of the adapters.
+    """
+    for operation in _WITHOUT:
+        plan_for(operation, device, dtype, 1, MIN_COLUMNS, MIN_COLUMNS, 1)
 
 
 def segmented_reason(device: torch.device, kernel: str = SEGMENTED) -> str:

@@ -5,12 +5,13 @@
 With a row for each sequence a frozen product is as fast as its weights are read. cuBLAS reads those
 of one linear after the other's; here a program has 64 columns of any of them (H200, 16 rows: q, k,
 v of 7B in 11.7 us for 29.2, o in 9.7 for 12.1, gate and up in 65 for 76, down in 36 for 40; with 64
-rows, where x is read as often as the weights, 12.3 for 27.6, and the others as cuBLAS).
+rows, where x is read as often as the weights, 12.3 for 27.6, 10.7 for 10.2, 71 for 73, 42 for 43).
 
 The product is transposed, ``W x^T``: the weights are the side of a tile that tensor cores want to
 be 64 rows high, and x the one that may have 16.
 
-The launch after it may begin while it runs (programmatic dependent launch, sm_90 on). That is how
+The launch after it may begin while it runs (programmatic dependent launch, sm_90 on), and may count
+on all before it to have ended: it is no early launch itself. That is how
 adapters come next to free: the shrink, which reads nothing that this writes, is computed beside it
 (``segmented_shrink``, ``beside``), and what is left after it is the expand. The low-rank term in
 the epilogue instead was slower: it is then a chain of small steps in each of the 56 programs that o

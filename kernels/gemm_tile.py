@@ -1,6 +1,6 @@
 """What happens to one tile of a GEMM with low-rank terms: the products, its pieces, its store.
 
-Of ``low_rank_gemm`` and ``segmented_gemm``.
+Of ``low_rank_gemm`` and ``segmented_gemm``; ``decode_gemm`` has the product alone.
 """
 
 from __future__ import annotations

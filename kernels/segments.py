@@ -108,7 +108,8 @@ def starts_early(limits: DeviceLimits) -> bool:
     By programmatic dependent launch (sm_90 on). Those of an expand find their tile, and have their
     part of B fetched into the L2 cache, before they wait. What is read until then, metadata and
     adapters, was written before that launch began: the launch before an expand is the shrink, or a
-    frozen product of the same step. A shrink beside ``decode_gemm`` reads nothing else.
+    frozen product of the same step. A shrink beside ``decode_gemm`` reads x besides, which was
+    there before that: a ``decode_gemm`` itself begins when all before it has ended.
     """
     return limits.capability >= 90 and not INTERPRETED.value
 

@@ -318,12 +318,13 @@ def _segmented_shrink_tile(
         # Two items a processor, if all rows have one adapter.
         tiles = -(-m // 16)  # at least
         # The expand adds the planes, and nothing hides it: splits of 512 columns, 16 at most, are
-        # faster here (4.1 us for 5.9) and slower there (a layer of 7B, one adapter: 21.1 for 18.4).
+        # faster here (q, k, v of 7B: 4.1 us for 5.9) and slower there (a layer, one adapter and 64
+        # rows: 21.1 for 18.4). With 64 adapters a step is as fast by either (H200).
         splits = min(_splits(limits, -(-tiles * siblings // 2), k, at_least=1024), 8)
         if wide:
             return TileConfig(16, 16, 32, splits=splits, num_warps=4, num_stages=3)
-        # Two warps leave room beside a decode_gemm: 0 to 22 us a layer where both began at once; in
-        # today's order, which has the product first, they are as fast as four (H200, 7B).
+        # Two warps leave room beside a decode_gemm: 0 to 22 us a layer where both began at once. In
+        # today's order, which has the product first, 64 adapters take as long with four (H200, 7B).
         warps = 2 if aligned else 4  # which spill 24 bytes a thread unaligned (sm_89)
         return TileConfig(16, 16, 128, splits=splits, num_warps=warps, num_stages=4)
     # The expand reads every plane once for each of its runs of columns.

@@ -6,18 +6,23 @@ Small cases of both kernels, in every dtype, are in ``test_kernels_segmented.py`
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import serving
 import torch
 from kernel_cases import DTYPES, assert_kernel_as_accurate, doubles, randn
 from segment_cases import apply_adapters, make_adapters, store
+from served import path_of
 from serving import Captured, Rows, Served
 from test_gpu import CUDA, SMALL
 from test_kernels_paged_attention import make_batch
 
+import fastlora
 from fastlora import plans, segmented_ops
 from fastlora.bench import measuring
-from fastlora.bench.shapes import MODELS, Model
+from fastlora.bench.shapes import GROUPS, MODELS, Model
+from fastlora.kernels.decode_gemm import decode_gemm
 from fastlora.segments import Segments
 from fastlora.serving import attention, batching
 
@@ -29,9 +34,15 @@ LAYERS = 3
 
 @pytest.fixture(autouse=True)
 def checked():
-    """The check of a device reads results back: it is over before anything is counted."""
-    if torch.cuda.is_available():
-        assert plans.segmented_reason(CUDA) == ""
+    """The check of a device reads results back: it is over before anything is counted.
+
+    And small linears, too, have the products that serving has for large ones.
+    """
+    with fastlora.backend("fused"):
+        if torch.cuda.is_available():
+            plans.check_serving(CUDA, BF16)
+            assert not any(plans.segmented_reason(CUDA, kernel) for kernel in plans._WITHOUT)
+        yield
 
 
 # The ranks of six adapters in each of three siblings: equal ones, mixed ones, and missing linears.
@@ -104,14 +115,23 @@ def test_a_graph_captured_without_adapters_is_right_for_every_later_batch(tokens
         assert model.check(step.outputs, inputs, requests) <= 1, title
 
 
-def test_without_adapters_every_bit_is_the_base_model_s():
+def test_without_adapters_every_bit_is_the_frozen_product_s():
+    """Of PyTorch's, or in a step that generates of ``decode_gemm``'s."""
     model, _ = small(2)
     for tokens in (16, 64, 512):
         step, _, inputs, _ = captured(model, tokens)
         bare = Captured(lambda x=inputs: model.module(x, None, model.checked), CUDA, None)
         for each in (step, bare):
             each.replay()
-        assert all(map(torch.equal, step.outputs, bare.outputs))
+        if tokens > segmented_ops.DECODE_GEMM_ROWS:
+            assert all(map(torch.equal, step.outputs, bare.outputs))
+            continue
+        named = [(number, name) for number in model.checked for name in SMALL]
+        by_input = {name: x for names, x in zip(GROUPS, inputs, strict=True) for name in names}
+        for (number, name), y in zip(named, step.outputs, strict=True):
+            linear = model.module.get_submodule(path_of(number, name))
+            (alone,) = decode_gemm(by_input[name], [linear.weight], [linear.bias])
+            assert torch.equal(y, alone), name
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 1024])
@@ -127,19 +147,36 @@ def test_a_replayed_graph_has_the_bits_of_an_eager_step(tokens):
         assert all(map(torch.equal, outputs, results[0]))
 
 
-@pytest.mark.parametrize("tokens", [16, 64, 512])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 512])
 def test_shrinks_beside_the_frozen_products_change_no_bit(tokens, monkeypatch):
+    """In a graph and eagerly, many times: nothing is read before it was written.
+
+    Without the fixture that fills memory: a fill between two launches would wait for the first, so
+    that nothing ran beside anything.
+    """
+    monkeypatch.undo()
+    plans.forget_measurements()  # what earlier tests prepared goes on filling its results
     model, slots = small(5)
-    results = []
-    for overlaps in (True, False):
-        monkeypatch.setattr(segmented_ops, "OVERLAPS", overlaps)
-        step, rows, _, _ = captured(model, tokens)
+    runs = {}
+    for overlaps in (False, True):
+        with mock.patch.object(segmented_ops, "OVERLAPS", overlaps):
+            step, rows, inputs, eager = captured(model, tokens)
         rows.tell(serving.in_turns(slots, tokens))
-        for _ in range(3):  # the next one writes where this one is still read, if nothing waits
-            step.replay()
-        torch.cuda.synchronize()
-        results.append([y.clone() for y in step.outputs])
-    assert all(map(torch.equal, *results))
+        runs[overlaps] = step, inputs, eager
+    (plain, x, _), (beside, other_x, eager) = runs.values()
+    for _ in range(30):
+        for one, other in zip(x, other_x, strict=True):
+            one.normal_()
+            other.copy_(one)
+        plain.replay()
+        expected = [y.clone() for y in plain.outputs]
+        for outputs in (_replayed(beside), eager()):
+            assert all(map(torch.equal, outputs, expected))
+
+
+def _replayed(step):
+    step.replay()
+    return step.outputs
 
 
 def test_an_adapter_that_is_loaded_later_is_served_by_the_same_graph():
@@ -181,8 +218,9 @@ def test_a_layer_takes_eight_launches_and_none_for_metadata(tokens, monkeypatch)
     others = [name for name in ours - bare if not serving.is_own(name)]
     assert not others, ours
     assert sum(n for name, n in ours.items() if serving.is_segmented(name)) == 8 * LAYERS, ours
-    products = sum(n for name, n in ours.items() if not serving.is_segmented(name))
-    assert products <= bare.total(), (ours, bare)
+    if tokens <= segmented_ops.DECODE_GEMM_ROWS:
+        products = [n for name, n in ours.items() if name.startswith("_decode_gemm_kernel")]
+        assert products == [4 * LAYERS], ours
 
 
 def test_results_do_not_depend_on_the_stream():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import serving
@@ -21,7 +22,7 @@ from fastlora import plans, segmented_ops
 from fastlora.bench.shapes import MODELS
 from fastlora.kernels import segmented_shrink
 from fastlora.kernels.decode_gemm import decode_gemm, prepare_decode_gemm
-from fastlora.kernels.tile_config import TileConfig, default_tile, device_limits
+from fastlora.kernels.tile_config import DeviceLimits, TileConfig, default_tile
 from fastlora.segments import Segments
 from fastlora.serving.linears import Routing
 
@@ -130,12 +131,30 @@ def test_operands_that_do_not_fit_are_refused(change, message):
         decode_gemm(**named | change)
 
 
+H200 = DeviceLimits("H200", capability=90, shared_bytes=232448, processors=132)
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 64, 100])
-@pytest.mark.parametrize("n", [3584, 37888])
-def test_a_tile_is_as_high_as_the_rows(rows, n):
-    tile = default_tile("decode_gemm", device_limits(DEVICE), FP16, rows, n, 3584, 1)
+@pytest.mark.parametrize(("n", "programs"), [(3584, 1), (37888, 3)])
+def test_tiles_fill_the_memory_of_a_processor(rows, n, programs):
+    """With one program where there are few columns, and with three where there are many."""
+    tile = default_tile("decode_gemm", H200, FP16, rows, n, 3584, 1)
     assert tile.block_m == min(64, max(16, 1 << (rows - 1).bit_length()))
-    assert tile.block_n == 64
+    stages = 2 * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
+    assert 0.6 * H200.shared_bytes <= programs * stages <= H200.shared_bytes
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_shrink_is_launched_early_beside_a_product_alone(monkeypatch, beside, capability):
+    limits = replace(H200, capability=capability)
+    early = capability == 90
+    monkeypatch.setattr(segmented_shrink, "device_limits", lambda device: limits)
+    monkeypatch.setattr(segmented_shrink, "starts_early", lambda limits: early)
+    shape = (64, 3584, 3, 16, 16, 64, True, "ieee", beside)
+    *_, constants = segmented_shrink._settings.__wrapped__(None, DEVICE, FP16, *shape)
+    assert constants["BESIDE"] is (beside and early)
+    assert constants.get("launch_pdl", False) is (beside and early)
 
 
 # A step: the product, the shrink beside it, and the expand.
@@ -187,19 +206,35 @@ def test_any_mix_of_adapters(slots, r):
     batch.check(segmented_ops.linears_with_adapters(*operands_of(batch, slots), max_rank=32))
 
 
-@pytest.mark.usefixtures("fused")
-def test_more_rows_than_a_step_has_are_for_torch(monkeypatch):
-    def fuses(rows):
-        x, weights = torch.zeros(rows, 40, dtype=FP16, device=DEVICE), [randn(16, 40, dtype=FP16)]
-        return segmented_ops.fuses_linears(x, weights, weights[0], 16)
+def fuses(rows, bias=None, n=16):
+    x, weight = torch.zeros(rows, 40, dtype=FP16, device=DEVICE), randn(n, 40, dtype=FP16)
+    return segmented_ops.fuses_linears(x, [weight], [bias], weight, 16)
 
-    most, least = segmented_ops.DECODE_ROWS, segmented_ops.PREFILL_ROWS
+
+@pytest.fixture
+def forgetful():
+    yield
+    plans._decided.cache_clear()
+
+
+@pytest.mark.usefixtures("fused", "forgetful")
+def test_more_rows_than_a_step_has_are_for_torch(monkeypatch):
+    most, least = segmented_ops.DECODE_GEMM_ROWS, segmented_ops.PREFILL_ROWS
     found = [fuses(rows) for rows in (1, most, most + 1, least - 1, least)]
     assert found == [True, True, False, False, True]
-    monkeypatch.setitem(plans._segmented, (plans.DECODE_GEMM, DEVICE), "it is wrong")
+    device = torch.zeros(1, device=DEVICE).device  # with its number
+    monkeypatch.setitem(plans._segmented, (plans.DECODE_GEMM, device), "it is wrong")
     plans._decided.cache_clear()
     assert [fuses(1), fuses(least)] == [False, True]
-    plans._decided.cache_clear()
+
+
+@pytest.mark.usefixtures("fused")
+def test_biases_that_are_no_plain_vectors_are_for_torch():
+    bias = randn(32, dtype=FP16)
+    assert fuses(4, bias[:16])
+    assert not fuses(4, bias[::2])
+    assert not fuses(4, bias[:1].expand(16))
+    assert not fuses(4, bias[:16].float())
 
 
 @pytest.mark.usefixtures("fused")
@@ -260,8 +295,13 @@ GROUPS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [5, 16, 32, 64])
 @pytest.mark.parametrize("names", GROUPS.values(), ids=GROUPS)
-def test_real_sizes_in_a_graph(names, rows):
-    """Captured without any adapter, and replayed often: nothing is read before it was written."""
+def test_real_sizes_in_a_graph(names, rows, monkeypatch):
+    """Captured without any adapter, and as often as it takes: nothing is read before its time.
+
+    Without the fixture that fills memory: what it launches would wait.
+    """
+    monkeypatch.undo()
+    plans.forget_measurements()
     linears = [MODELS["Qwen2.5-7B"].linears[name] for name in names]
     k, ns, siblings = linears[0].k, tuple(one.n for one in linears), len(names)
     ranks = (0, 16, 8, 64, 256)
@@ -277,13 +317,17 @@ def test_real_sizes_in_a_graph(names, rows):
         return [y * 1.0 for y in ys]
 
     with torch.no_grad():
-        captured = Captured(step, DEVICE, None)
+        beside = Captured(step, DEVICE, None)
+        with mock.patch.object(segmented_ops, "OVERLAPS", False):
+            in_turn = Captured(step, DEVICE, None)
     for slots in ([1] * rows, [t % 5 for t in range(rows)], [0] * rows):
         told = Segments.of_slots(slots, table=5, device=DEVICE)
         for name in ("slots", "order", "tiles"):
             getattr(segments, name).copy_(getattr(told, name))
         for _ in range(20):
-            batch.x.copy_(randn(rows, k, dtype=torch.bfloat16))
-            captured.replay()
+            batch.x.normal_()
+            for captured in (in_turn, beside):
+                captured.replay()
+            assert all(map(torch.equal, beside.outputs, in_turn.outputs))
         batch.slots = slots
-        batch.check(captured.outputs)
+        batch.check(beside.outputs)

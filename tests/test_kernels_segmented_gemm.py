@@ -331,7 +331,7 @@ def test_any_mix_of_adapters(case):
 def fused(monkeypatch):
     """Let prefills be fused, from three rows on."""
     monkeypatch.setattr(segmented_ops, "PREFILL_ROWS", 3)
-    monkeypatch.setattr(segmented_ops, "DECODE_ROWS", 0)
+    monkeypatch.setattr(segmented_ops, "DECODE_GEMM_ROWS", 0)
     with fastlora.backend("fused"), torch.no_grad():
         yield
 
@@ -350,7 +350,8 @@ def test_what_is_not_a_prefill_of_plain_halves_is_not_fused(monkeypatch):
     batch = Batch(GROUP)
 
     def fuses(x=batch.x, weights=batch.weights, arena=batch.arena):
-        return segmented_ops.fuses_linears(x, weights, arena, 16)
+        biases = [None] * len(weights)
+        return segmented_ops.fuses_linears(x, weights, biases, arena, 16)
 
     assert fuses()
     assert not fuses(x=batch.x[:2])
@@ -366,7 +367,7 @@ def test_what_is_not_a_prefill_of_plain_halves_is_not_fused(monkeypatch):
     with fastlora.backend("hybrid"):
         assert not fuses()
     with monkeypatch.context() as patched:
-        patched.setitem(plans._segmented, (plans.SEGMENTED_GEMM, DEVICE), "it is wrong")
+        patched.setitem(plans._segmented, (plans.SEGMENTED_GEMM, batch.x.device), "it is wrong")
         plans._decided.cache_clear()
         assert not fuses()
     plans._decided.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import warnings
@@ -79,16 +80,43 @@ def test_a_step_has_products_of_its_own_where_they_were_timed(
     pretend, monkeypatch, capability, expected
 ):
     pretend(replace(H200, capability=capability))
-    for kernel in (plans.SEGMENTED, plans.DECODE_GEMM):
+    for kernel in plans._WITHOUT:
         monkeypatch.setitem(plans._segmented, (kernel, CUDA), "")
-    for m in (1, 16, 64):
-        assert plan("decode_gemm", m=m) == expected
-        assert plan("decode_gemm", m=m, dtype=FP32) == "plain"
-        with fastlora.backend("fused"):
-            assert plan("decode_gemm", m=m) == "fused"
+    checked = []
+    reason = plans.segmented_reason
+    monkeypatch.setattr(
+        plans, "segmented_reason", lambda *args: checked.append(args[1:]) or reason(*args)
+    )
+    for kernel, m in itertools.product(("decode_gemm", "segmented_gemm"), (1, 64, 8192)):
+        assert plan(kernel, m=m) == (expected if m > 1 or kernel == "decode_gemm" else "plain")
+        # What is not to be taken is not checked.
+        assert plan(kernel, m=m, dtype=FP32) == "plain"
+    assert ((plans.DECODE_GEMM,) in checked) is (expected == "fused")
+    assert plan("decode_gemm", n=3520) == "plain"
+    with fastlora.backend("fused"):
+        assert plan("decode_gemm", n=40) == "fused"
     monkeypatch.setitem(plans._segmented, (plans.SEGMENTED, CUDA), "the expand is wrong")
     plans._decided.cache_clear()
     assert plan("decode_gemm") == "plain"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "count"), [(80, BF16, 1), (90, BF16, 3), (90, FP32, 1)]
+)
+def test_serving_checks_what_it_may_take_before_a_graph_is_captured(
+    pretend, monkeypatch, capability, dtype, count
+):
+    pretend(replace(H200, capability=capability))
+    checked = []
+
+    def reason(device, kernel=plans.SEGMENTED):
+        checked.append(kernel)
+        return ""
+
+    monkeypatch.setattr(plans, "segmented_reason", reason)
+    plans.check_serving(CUDA, dtype)
+    expected = (plans.SEGMENTED, plans.DECODE_GEMM, plans.SEGMENTED_GEMM)[:count]
+    assert tuple(dict.fromkeys(checked)) == expected
 
 
 def write_table(folder, plan, **key):

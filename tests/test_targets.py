@@ -75,6 +75,18 @@ def test_default_tiles_have_no_problem_on_any_target(result, defaults):
         assert ("sm_90", f"_{stem}_kernel") in kernels
 
 
+def test_a_shrink_beside_a_product_waits_for_it(defaults):
+    waits = {
+        (report["case"].partition(", ")[2], report["kernel"]): report["instructions"]["waits"]
+        for report in defaults
+        if report["target"] == "sm_90"
+    }
+    assert waits["decode_gemm none", "_decode_gemm_kernel"] == 0
+    assert waits["decode_gemm none", "_segmented_shrink_kernel"] == 1
+    assert waits["segmented_shrink none", "_segmented_shrink_kernel"] == 0
+    assert waits["segmented_expand none", "_segmented_expand_kernel"] > 0
+
+
 @pytest.mark.parametrize(
     ("target", "instructions"),
     [

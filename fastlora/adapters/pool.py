@@ -194,8 +194,7 @@ class AdapterPool:
             raise ValueError(
                 f"there is no room for an adapter: memory is {memory!r}, slots is {slots}"
             )
-        for kernel in (plans.SEGMENTED, plans.DECODE_GEMM):
-            plans.segmented_reason(self.device, kernel)  # now: a CUDA graph's capture could not
+        plans.check_serving(self.device, self.dtype)
         self.slots = slots
         self.arena = torch.empty(pages * PAGE, dtype=self.dtype, device=self.device)
         # [linears, slots, 4]: page of A, page of B, rank, bits of the fp32 scaling.

@@ -187,15 +187,17 @@ class Routing:
         ``None``: it is not to be done for these.
         """
         linears = [member for member in members if type(member) is RoutedLinear]
-        weights, arena = [linear.weight for linear in linears], self.pool.arena
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor | None] = [linear.bias for linear in linears]
+        arena = self.pool.arena
         if len(linears) < len(members) or not segmented_ops.fuses_linears(
-            x, weights, arena, max_rank
+            x, weights, biases, arena, max_rank
         ):
             return None
         ys = segmented_ops.linears_with_adapters(
             x.reshape(-1, x.shape[-1]),
             weights,
-            [linear.bias for linear in linears],
+            biases,
             arena,
             self.pool.descriptors[group.first : group.first + len(members)],
             segments,
