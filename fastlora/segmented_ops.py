@@ -145,6 +145,16 @@ def _is_captured(x: Tensor, max_rank: int) -> bool:
         return capturing and not is_watched(x) and _plan(x, max_rank) != plans.PLAIN
 
 
+def has_gemm_for(x: Tensor) -> bool:
+    """Return whether there is a GEMM of our own for as many rows, and may be for the device.
+
+    To be asked before ``fuses_linears``, which takes the host 10 us: as long as a linear of a small
+    model on a CPU.
+    """
+    has_kernels = x.device.type == "cuda" or plans.interpreting()
+    return has_kernels and _gemm_for(x.numel() // x.shape[-1]) is not None
+
+
 def fuses_linears(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -228,6 +228,17 @@ def test_more_rows_than_a_step_has_are_for_torch(monkeypatch):
     assert [fuses(1), fuses(least)] == [False, True]
 
 
+def test_a_cpu_is_not_asked_for_every_layer(monkeypatch):
+    monkeypatch.setattr(plans, "interpreting", lambda: False)
+    monkeypatch.setattr(segmented_ops, "fuses_linears", lambda *_: pytest.fail("it was asked"))
+    cpu = torch.device("cpu")
+    model = Served(serving._tiny(), cpu, torch.float32, [(2, 8)])
+    slots = model.load("adapter", 2, 8)
+    inputs, rows = model.inputs(4), serving.Rows(4, model.pool)
+    rows.tell(in_turns(slots, 4))
+    assert len(model.step(inputs, None, rows, rows)()) == 7
+
+
 @pytest.mark.usefixtures("fused")
 def test_biases_that_are_no_plain_vectors_are_for_torch():
     bias = randn(32, dtype=FP16)
