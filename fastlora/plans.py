@@ -241,9 +241,8 @@ def _automatic(
     masked: bool,
     siblings: int,
 ) -> Plan:
-    if operation == SEGMENTED:
-        return FUSED  # PyTorch would have to ask the device which adapters there are
-    if operation == DECODE_GEMM:
+    # Of the first, PyTorch would have to ask the device which adapters there are.
+    if operation in (SEGMENTED, DECODE_GEMM):
         return FUSED
     default = FUSED if operation == SEGMENTED_GEMM else HYBRID
     if m < MIN_ROWS:
@@ -351,7 +350,7 @@ def check_serving(device: torch.device, dtype: torch.dtype) -> None:
         device: of the model.
         dtype: of the adapters.
     """
-    for operation in _WITHOUT:
+    for operation in _WITHOUT:  # to ask for a plan is to check
         plan_for(operation, device, dtype, 1, MIN_COLUMNS, MIN_COLUMNS, 1)
 
 

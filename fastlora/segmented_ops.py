@@ -145,16 +145,6 @@ def _is_captured(x: Tensor, max_rank: int) -> bool:
         return capturing and not is_watched(x) and _plan(x, max_rank) != plans.PLAIN
 
 
-def has_gemm_for(x: Tensor) -> bool:
-    """Return whether there is a GEMM of our own for as many rows, and may be for the device.
-
-    To be asked before ``fuses_linears``, which takes the host 10 us: as long as a linear of a small
-    model on a CPU.
-    """
-    has_kernels = x.device.type == "cuda" or plans.interpreting()
-    return has_kernels and _gemm_for(x.numel() // x.shape[-1]) is not None
-
-
 def fuses_linears(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -174,11 +164,12 @@ def fuses_linears(
         arena: with the weights of all adapters.
         max_rank: at least every adapter's.
     """
+    operation = _gemm_for(x)
+    if operation is None:  # first: the rest takes the host 10 us, a small linear's time on a CPU
+        return False
     (t, k, *_), device, dtype = as_rows(x), x.device, x.dtype
-    operation = _gemm_for(t)
     return (
-        operation is not None
-        and dtype == arena.dtype
+        dtype == arena.dtype
         and all(type(w) in PLAIN_TENSORS and w.dtype == dtype for w in weights)
         and all(b is None or _is_plain_vector(b, dtype) for b in biases)
         and not torch.is_grad_enabled()
@@ -203,8 +194,11 @@ def _is_plain_vector(bias: Tensor, dtype: torch.dtype) -> bool:
     return type(bias) in PLAIN_TENSORS and bias.dtype == dtype and bias.is_contiguous()
 
 
-def _gemm_for(rows: int) -> str | None:
-    """Return which GEMM of our own a batch of so many rows may take, if any."""
+def _gemm_for(x: Tensor) -> str | None:
+    """Return which GEMM of our own a batch may take, by its device and its rows, if any."""
+    if x.device.type != "cuda" and not plans.interpreting():
+        return None
+    rows = x.numel() // x.shape[-1]
     if rows <= DECODE_GEMM_ROWS:
         return plans.DECODE_GEMM
     return plans.SEGMENTED_GEMM if rows >= PREFILL_ROWS else None
@@ -239,8 +233,7 @@ def linears_with_adapters(
     with on_device(x.device):
         if x.shape[0] <= DECODE_GEMM_ROWS:
             ys = _decode_of(key, x, weights, biases)(x, weights, biases)
-            h = _shrink_of(key, x, *operands, max_rank, beside=OVERLAPS)(x, *operands)
-            _expand_of(key, ys, h, *operands)(ys, h, *operands)
+            _shrink_and_expand(key, ys, x, *operands, max_rank, beside=OVERLAPS)
             return ys
         h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
         gemm = _gemm_of(key, x, weights, biases, h, *operands)
@@ -274,8 +267,23 @@ def _launch(
     operands = (arena, descriptors, segments)
     key = _key_of(x, *operands, max_rank)
     with on_device(x.device):
-        h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
-        _expand_of(key, ys, h, *operands)(ys, h, *operands)
+        _shrink_and_expand(key, ys, x, *operands, max_rank)
+
+
+def _shrink_and_expand(
+    key: _Key,
+    ys: Sequence[Tensor],
+    x: Tensor,
+    arena: Tensor,
+    descriptors: Tensor,
+    segments: Segments,
+    max_rank: int,
+    *,
+    beside: bool = False,
+) -> None:
+    operands = (arena, descriptors, segments)
+    h = _shrink_of(key, x, *operands, max_rank, beside=beside)(x, *operands)
+    _expand_of(key, ys, h, *operands)(ys, h, *operands)
 
 
 def _key_of(

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import pytest
 import torch
 from kernel_cases import DEVICE, randn
 from torch import Tensor
+
+from fastlora.serving.linears import Routing
 
 PAGE = 64
 FIELDS = 4
@@ -140,3 +143,16 @@ def apply_adapters(
             h[s, rows, : own.shape[1]] = own
             y[rows] += (own @ adapter.b.to(x.dtype)) * adapter.scaling
     return h, ys
+
+
+def watch_fused(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor] | None]:
+    """Return a list that fills with what groups of linears get from products of our own."""
+    calls: list[list[Tensor] | None] = []
+    run = Routing.fused
+
+    def watched(*args):
+        calls.append(run(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(Routing, "fused", watched)
+    return calls

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, HALVES, assert_kernel_as_accurate, padded_rows, randn
-from segment_cases import NONE, Case
+from segment_cases import NONE, Case, watch_fused
 from served import Captured, Served, in_turns
 from test_kernels_segmented_gemm import Batch
 from torch.nn import functional
@@ -24,7 +24,6 @@ from fastlora.kernels import segmented_shrink
 from fastlora.kernels.decode_gemm import decode_gemm, prepare_decode_gemm
 from fastlora.kernels.tile_config import DeviceLimits, TileConfig, default_tile
 from fastlora.segments import Segments
-from fastlora.serving.linears import Routing
 
 FP16 = torch.float16
 # Blocks of 16 rows and 32 columns; K of 40 takes two steps and a half.
@@ -230,7 +229,8 @@ def test_more_rows_than_a_step_has_are_for_torch(monkeypatch):
 
 def test_a_cpu_is_not_asked_for_every_layer(monkeypatch):
     monkeypatch.setattr(plans, "interpreting", lambda: False)
-    monkeypatch.setattr(segmented_ops, "fuses_linears", lambda *_: pytest.fail("it was asked"))
+    # Of a weight at a time, far into the question.
+    monkeypatch.setattr(segmented_ops, "are_aligned", lambda *_: pytest.fail("it was asked"))
     cpu = torch.device("cpu")
     model = Served(serving._tiny(), cpu, torch.float32, [(2, 8)])
     slots = model.load("adapter", 2, 8)
@@ -250,14 +250,7 @@ def test_biases_that_are_no_plain_vectors_are_for_torch():
 
 @pytest.mark.usefixtures("fused")
 def test_linears_of_a_model_take_it(monkeypatch):
-    calls = []
-    run = Routing.fused
-
-    def counted(*args):
-        calls.append(run(*args))
-        return calls[-1]
-
-    monkeypatch.setattr(Routing, "fused", counted)
+    calls = watch_fused(monkeypatch)
     model = Served(serving._tiny(), DEVICE, FP16, [(3, 8)])
     slots = model.load("adapter", 3, 8)
     for count in (4, 20):

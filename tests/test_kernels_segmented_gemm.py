@@ -20,6 +20,7 @@ from segment_cases import (
     make_adapters,
     make_segments,
     store,
+    watch_fused,
 )
 from served import Captured, Served, runs_of
 from torch.nn import functional
@@ -31,7 +32,6 @@ from fastlora.kernels.segmented_gemm import prepare_segmented_gemm, segmented_ge
 from fastlora.kernels.segmented_shrink import segmented_shrink
 from fastlora.kernels.tile_config import TileConfig
 from fastlora.segments import Segments as RealSegments
-from fastlora.serving.linears import Routing
 
 FP16 = torch.float16
 EPS = torch.finfo(FP16).eps
@@ -375,14 +375,7 @@ def test_what_is_not_a_prefill_of_plain_halves_is_not_fused(monkeypatch):
 
 @pytest.mark.usefixtures("fused")
 def test_linears_of_a_model_are_fused_and_right(monkeypatch):
-    calls = []
-    run = Routing.fused
-
-    def counted(*args):
-        calls.append(run(*args))
-        return calls[-1]
-
-    monkeypatch.setattr(Routing, "fused", counted)
+    calls = watch_fused(monkeypatch)
     model = Served(serving._tiny(), DEVICE, FP16, [(3, 8)])
     slots = model.load("adapter", 3, 8)
     inputs, rows = model.inputs(40), serving.Rows(40, model.pool)

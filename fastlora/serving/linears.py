@@ -186,8 +186,6 @@ class Routing:
 
         ``None``: it is not to be done for these.
         """
-        if not segmented_ops.has_gemm_for(x):
-            return None
         linears = [member for member in members if type(member) is RoutedLinear]
         weights: list[Tensor] = [linear.weight for linear in linears]
         biases: list[Tensor | None] = [linear.bias for linear in linears]
