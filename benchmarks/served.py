@@ -184,8 +184,7 @@ class Served:
         def run() -> list[Tensor]:
             batch = None
             if rows is not None and logits is not None:
-                ceiling = self.pool.rank_ceiling
-                batch = RowsOfTokens(rows.segments, logits.segments, ceiling)
+                batch = RowsOfTokens(rows.segments, logits.segments, self.pool.reach)
             with torch.no_grad(), self.routing.batch(batch):
                 found: list[Tensor] = self.module(inputs, head, keep)
             return found

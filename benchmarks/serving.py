@@ -486,7 +486,7 @@ class Session:
             batch = Batch.of(distinct, count)
             for names, x in zip(GROUPS, served.inputs(count), strict=True):
                 linears = [served.model.linears[name] for name in names]
-                runs, h = self.halves(served, names, x, rows, served.pool.rank_ceiling)
+                runs, h = self.halves(served, names, x, rows, served.pool.reach.max_rank)
                 table = rows.segments
                 planes, size = h.shape[0], self.dtype.itemsize
                 ns = tuple(one.n for one in linears)
@@ -681,7 +681,7 @@ class Session:
             stack.enter_context(model.base_model._enable_peft_forward_hooks(adapter_names=names))
 
             def ours() -> object:
-                batch = RowsOfTokens(rows.segments, rows.segments, served.pool.rank_ceiling)
+                batch = RowsOfTokens(rows.segments, rows.segments, served.pool.reach)
                 with served.routing.batch(batch):
                     return first(*inputs)
 

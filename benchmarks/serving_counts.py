@@ -29,6 +29,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastlora import AdapterPool, plans, segmented_ops
+from fastlora.adapters.pool import Reach
 from fastlora.bench import counting
 from fastlora.bench.providers import DecoderLayer
 from fastlora.bench.shapes import INPUTS, MODELS, RANK, Linear, Model
@@ -307,8 +308,9 @@ def _launches(
         pool = AdapterPool(layer, memory=1 << 20, slots=SLOTS)
         routing = attach(layer, pool)
         inputs = [torch.empty(rows, linears[name].k, dtype=torch.bfloat16) for name in INPUTS]
-        ceiling = max(16, 1 << (rank - 1).bit_length())
-        tokens = None if segments is None else RowsOfTokens(segments, segments, ceiling)
+        every = frozenset(group.first for group in pool.groups)
+        reach = Reach(max(16, 1 << (rank - 1).bit_length()), every)
+        tokens = None if segments is None else RowsOfTokens(segments, segments, reach)
         first = len(recorder.launches)
         with routing.batch(tokens):
             layer(*inputs)

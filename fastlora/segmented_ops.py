@@ -2,8 +2,8 @@
 
 ``torch.ops.fastlora.segmented_add`` adds every row's low-rank term to the outputs of linears that
 share their input. What serving calls knows more than the operator: the frozen products, which may
-be one launch of our own (``linears_with_adapters``), or beside which the shrink may run
-(``with_adapters``). As in ``ops.py`` nothing is read back on a GPU, and launches go to the
+be one launch of our own (``linears_with_adapters``, ``frozen_linears``), or beside which the shrink
+may run (``with_adapters``). As in ``ops.py`` nothing is read back on a GPU, and launches go to the
 device of the operands.
 """
 
@@ -151,11 +151,13 @@ def fuses_linears(
     biases: Sequence[Tensor | None],
     arena: Tensor,
     max_rank: int,
+    *,
+    has_adapters: bool = True,
 ) -> bool:
-    """Return whether ``linears_with_adapters`` is to compute frozen layers and their adapters.
+    """Return whether frozen layers are to be computed without torch's products.
 
-    Not where gradients, autocast or a subclass of tensors mean more by the frozen product than the
-    numbers in it.
+    By ``linears_with_adapters``, or without adapters by ``frozen_linears``. Not where gradients,
+    autocast or a subclass of tensors mean more by the frozen product than the numbers in it.
 
     Args:
         x: ``[..., K]``.
@@ -163,8 +165,11 @@ def fuses_linears(
         biases: for each ``[N_s]`` or ``None``.
         arena: with the weights of all adapters.
         max_rank: at least every adapter's.
+        has_adapters: of any row.
     """
     operation = _gemm_for(x)
+    if not has_adapters and operation == plans.SEGMENTED_GEMM:
+        return False
     if operation is None:  # first: the rest takes the host 10 us, a small linear's time on a CPU
         return False
     (t, k, *_), device, dtype = as_rows(x), x.device, x.dtype
@@ -199,9 +204,26 @@ def _gemm_for(x: Tensor) -> str | None:
     if x.device.type != "cuda" and not plans.interpreting():
         return None
     rows = x.numel() // x.shape[-1]
-    if rows <= DECODE_GEMM_ROWS:
+    if 0 < rows <= DECODE_GEMM_ROWS:
         return plans.DECODE_GEMM
     return plans.SEGMENTED_GEMM if rows >= PREFILL_ROWS else None
+
+
+def frozen_linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Compute frozen layers of a step that generates, which no adapter changes.
+
+    Args:
+        x: ``[T, K]``, of which ``fuses_linears`` has to be true, with what follows.
+        weights: for each sibling, at most four, ``[N_s, K]``.
+        biases: for each ``[N_s]`` or ``None``.
+
+    Returns:
+        For each ``[T, N_s]``, contiguous.
+    """
+    with on_device(x.device):
+        return _decode_of(x, weights, biases)(x, weights, biases)
 
 
 def linears_with_adapters(
@@ -232,7 +254,7 @@ def linears_with_adapters(
     key = _key_of(x, *operands, max_rank)
     with on_device(x.device):
         if x.shape[0] <= DECODE_GEMM_ROWS:
-            ys = _decode_of(key, x, weights, biases)(x, weights, biases)
+            ys = _decode_of(x, weights, biases)(x, weights, biases)
             _shrink_and_expand(key, ys, x, *operands, max_rank, beside=OVERLAPS)
             return ys
         h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
@@ -292,6 +314,18 @@ def _key_of(
     """Return all that a shrink is prepared for: the layers of a model take turns with one."""
     tiles = segments.tiles
     return (
+        *_key_of_input(x),
+        arena.data_ptr() % 16,
+        descriptors.shape,
+        max_rank,
+        segments.block_m,
+        tiles.shape,
+        tiles.stride(),
+    )
+
+
+def _key_of_input(x: Tensor) -> _Key:
+    return (
         plans.generation(),
         x.dtype == torch.float32 and allows_tf32(),
         x.device,
@@ -299,12 +333,6 @@ def _key_of(
         x.shape,
         x.stride(),
         x.data_ptr() % 16,
-        arena.data_ptr() % 16,
-        descriptors.shape,
-        max_rank,
-        segments.block_m,
-        tiles.shape,
-        tiles.stride(),
     )
 
 
@@ -364,9 +392,9 @@ def _gemm_of(
 
 
 def _decode_of(
-    key: _Key, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> Callable[..., list[Tensor]]:
-    key += _layout_of(weights, biases)
+    key = (*_key_of_input(x), *_layout_of(weights, biases))
     decode = _decodes.get(key)
     if decode is None:
         decode = _launchers().decode_gemm(x, weights, biases)

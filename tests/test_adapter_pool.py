@@ -470,11 +470,30 @@ def test_steps_for_which_a_batch_may_still_read_what_has_ended(folders):
 
 def test_the_rank_that_launches_are_for_grows(folders, tmp_path):
     pool = pool_of(folders, "all-4", "qv-16")
-    assert pool.rank_ceiling == 16
+    assert pool.reach.max_rank == 16
     spec = {"r": 33, "target_modules": ["o_proj"]}
     with_adapters(served_model(), {"it": spec}).save_pretrained(tmp_path)
     pool.load("it", tmp_path / "it")
-    assert pool.rank_ceiling == 64
+    assert pool.reach.max_rank == 64
+
+
+def test_the_groups_that_have_launches_are_of_the_kinds_that_adapters_had(folders):
+    """In all layers, so that they grow a few times at most, and a graph is captured as often."""
+    pool = pool_of(folders)
+    assert pool.reach.targeted == frozenset()
+    kinds = {
+        group.first: tuple(name.rpartition(".")[2] for name in group.names) for group in pool.groups
+    }
+    pool.load("qv-16", folders["qv-16"])
+    assert sorted(kinds[first] for first in pool.reach.targeted) == [tuple(QKV)] * 2
+    pool.load("one-layer-5", folders["one-layer-5"])  # its k_proj and down_proj
+    found = sorted(kinds[first] for first in pool.reach.targeted)
+    assert found == [("down_proj",)] * 2 + [tuple(QKV)] * 2
+    before = pool.reach
+    for name in list(pool):
+        pool.unload(name)
+    pool.load("qv-16", folders["qv-16"])
+    assert pool.reach == before
 
 
 # What cannot be used.

@@ -1278,7 +1278,7 @@ def test_a_compiled_model_asks_every_batch(tmp_path):
         for slots in ([one, 0], [two, one], [0, two], [0, 0]):
             tokens = [slot for slot in slots for _ in range(2)]
             segments = Segments.of_slots(tokens, table=pool.slots)
-            with routing.batch(linears.RowsOfTokens(segments, segments, 16)):
+            with routing.batch(linears.RowsOfTokens(segments, segments, pool.reach)):
                 found = compiled(x)
             expected = model(x)
             for row, slot in enumerate(tokens):
@@ -1288,26 +1288,6 @@ def test_a_compiled_model_asks_every_batch(tmp_path):
                     expected[row] += factors.scaling * (factors.lora_b.t() @ h)
             torch.testing.assert_close(found, expected)
     linears.detach(model)
-
-
-def test_launches_of_a_batch_are_alike_whatever_is_loaded_meanwhile(judge, tmp_path, monkeypatch):
-    """The rank that they are for is the batch's: half a CUDA graph must not be for another."""
-    spec = {"r": 40, "target_modules": ["q_proj"]}
-    with_adapters(served_model(**WORDS), {"wide": spec}).save_pretrained(tmp_path)
-    ranks: list[int] = []
-
-    def add_adapters(*args, max_rank, **kwargs):
-        ranks.append(max_rank)
-        if len(ranks) == 3:
-            engine.adapters.load("wide", tmp_path / "wide")
-        return add(*args, max_rank=max_rank, **kwargs)
-
-    add = linears.segmented_ops.add_adapters
-    monkeypatch.setattr(linears.segmented_ops, "add_adapters", add_adapters)
-    with make(judge) as engine:
-        ask(engine, [prompt_of(5)], "all-4", 2)
-    # Four groups of each of two layers, and the head.
-    assert ranks == [16] * 9 + [64] * 9
 
 
 # Other versions of transformers.

@@ -376,11 +376,14 @@ def test_an_engine_s_graphs_serve_adapters_that_were_loaded_after_their_capture(
 
     names, prompts = list(SPECS), prompts_of(9, 12, 31, 4)
     expected = judge.answers(prompts, names, 8)
+    alone = judge.answers(prompts, ["qv-16"] * len(prompts), 8)
     settings = {"use_cuda_graph": True, "use_async_batching": True}
     with engine_of(served_model().to(CUDA), None, **settings) as engine:
         ask(engine, prompts, None, 8)  # captured without any adapter
-        for name in names:
+        for name in ("qv-16", *names):
+            # At first q, k and v alone have launches for adapters, then more.
             engine.adapters.load(name, judge.folders[name])
+            assert ask(engine, prompts, "qv-16", 8) == alone
         assert ask(engine, prompts, names, 8) == expected
         engine.adapters.unload(names[0])
         engine.adapters.load("again", judge.folders[names[1]])

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, HALVES, assert_kernel_as_accurate, padded_rows, randn
 from segment_cases import NONE, Case, watch_fused
-from served import Captured, Served, in_turns
+from served import Captured, Served, in_turns, path_of
 from test_kernels_segmented_gemm import Batch
 from torch.nn import functional
 
 import fastlora
 from fastlora import plans, segmented_ops
+from fastlora.adapters.pool import Reach
 from fastlora.bench.shapes import MODELS
 from fastlora.kernels import segmented_shrink
 from fastlora.kernels.decode_gemm import decode_gemm, prepare_decode_gemm
@@ -205,9 +206,9 @@ def test_any_mix_of_adapters(slots, r):
     batch.check(segmented_ops.linears_with_adapters(*operands_of(batch, slots), max_rank=32))
 
 
-def fuses(rows, bias=None, n=16):
+def fuses(rows, bias=None, n=16, **named):
     x, weight = torch.zeros(rows, 40, dtype=FP16, device=DEVICE), randn(n, 40, dtype=FP16)
-    return segmented_ops.fuses_linears(x, [weight], [bias], weight, 16)
+    return segmented_ops.fuses_linears(x, [weight], [bias], weight, 16, **named)
 
 
 @pytest.fixture
@@ -221,6 +222,9 @@ def test_more_rows_than_a_step_has_are_for_torch(monkeypatch):
     most, least = segmented_ops.DECODE_GEMM_ROWS, segmented_ops.PREFILL_ROWS
     found = [fuses(rows) for rows in (1, most, most + 1, least - 1, least)]
     assert found == [True, True, False, False, True]
+    # Without adapters a prefill is torch's, and rows that are none are always.
+    assert not fuses(least, has_adapters=False)
+    assert [fuses(rows, has_adapters=False) for rows in (0, 1, most)] == [False, True, True]
     device = torch.zeros(1, device=DEVICE).device  # with its number
     monkeypatch.setitem(plans._segmented, (plans.DECODE_GEMM, device), "it is wrong")
     plans._decided.cache_clear()
@@ -260,6 +264,33 @@ def test_linears_of_a_model_take_it(monkeypatch):
         assert model.check(model.step(inputs, None, rows, rows)(), inputs, requests) <= 1
     # q, k, v; o; gate, up; down: all siblings at once.
     assert [len(ys) for ys in calls] == [3, 1, 2, 1] * 2
+
+
+@pytest.mark.usefixtures("fused")
+def test_groups_that_no_adapter_has_targeted_have_the_product_alone(monkeypatch):
+    calls, shrinks = watch_fused(monkeypatch), []
+    with_them = segmented_ops.linears_with_adapters
+    monkeypatch.setattr(
+        segmented_ops,
+        "linears_with_adapters",
+        lambda *args, **named: shrinks.append(len(args[1])) or with_them(*args, **named),
+    )
+    model = Served(serving._tiny(), DEVICE, FP16, [(2, 8)])
+    slots = model.load("adapter", 2, 8)
+    first = {names: groups[0].first for names, groups in model.groups.items()}
+    q_k_v = ("q_proj", "k_proj", "v_proj")
+    model.pool.reach = Reach(16, frozenset({first[q_k_v]}))
+    inputs, rows = model.inputs(5), serving.Rows(5, model.pool)
+    rows.tell(in_turns(slots, 5))
+    ys = dict(zip(model.model.linears, model.step(inputs, None, rows, rows)(), strict=True))
+    by_input = dict(zip(GROUPS.values(), inputs, strict=True))
+    assert shrinks == [3]
+    assert [len(found) for found in calls] == [3, 1, 2, 1]
+    for names, x in by_input.items():
+        parts = [model.module.get_submodule(path_of(0, name)) for name in names]
+        alone = decode_gemm(x, [part.weight for part in parts], [part.bias for part in parts])
+        for name, frozen in zip(names, alone, strict=True):
+            assert torch.equal(ys[name], frozen) is (names != q_k_v), name
 
 
 @pytest.mark.usefixtures("fused")

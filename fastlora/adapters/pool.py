@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from fastlora.segmented import Adapters, Factors
 from fastlora.segments import PAGE, pages_of
 
 MAX_RANK = 256
-_LEAST_RANK_CEILING = 16
+_LEAST_RANK = 16
 _WHERE = ("device", "host", "disk")
 # By how much one linear may multiply its input; trained adapters do by 1 to 1000. Below it nothing
 # overflows in fp32 or bf16, in a model that does not by itself: with 1e4 for the norm of an input,
@@ -87,6 +87,23 @@ class Group:
 
     names: tuple[str, ...]
     first: int
+
+
+class Reach(NamedTuple):
+    """What the launches of a batch are made for: all that adapters have asked for so far.
+
+    It only grows, so a server captures a CUDA graph a few times at most, and not with every load.
+
+    Attributes:
+        max_rank: at least the rank of every adapter on the device; a power of two.
+        targeted: the groups that are computed with adapters, by ``Group.first``: those whose names
+            (q, k and v; o; ...) an adapter has targeted, in whatever layer. Most adapters have q
+            and v alone, and launches that find nothing to do take as long as those that do: 3 us
+            each, six of a layer's eight (H200).
+    """
+
+    max_rank: int
+    targeted: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -189,6 +206,11 @@ class AdapterPool:
             name: (linears[name].out_features, linears[name].in_features) for name in self.names
         }
         self._index = {name: i for i, name in enumerate(self.names)}
+        alike: dict[tuple[str, ...], set[int]] = {}
+        for group in self.groups:
+            alike.setdefault(_last(group.names), set()).add(group.first)
+        # Of each linear, the groups of its kind.
+        self._alike = [frozenset(alike[_last(g.names)]) for g in self.groups for _ in g.names]
         pages = _bytes(memory) // (PAGE * self.dtype.itemsize)
         if pages < 1 or slots < 2:
             raise ValueError(
@@ -201,7 +223,7 @@ class AdapterPool:
         self.descriptors = torch.zeros(
             (len(self.names), slots, 4), dtype=torch.int32, device=self.device
         )
-        self.rank_ceiling = _LEAST_RANK_CEILING
+        self.reach = Reach(_LEAST_RANK, frozenset())
         self.grace = 0  # steps for which a batch may still be read after its requests are done
         self._allocator = PageAllocator(pages)
         self._free_slots = list(range(slots - 1, 0, -1))
@@ -596,10 +618,12 @@ class AdapterPool:
                 block.scaling,
             )
         self.descriptors[:, version.slot] = rows.to(self.device)
-        largest = max(block.rank for block in version.blocks)
-        while self.rank_ceiling < largest:
-            self.rank_ceiling *= 2
         self._settle()
+        max_rank, targeted = self.reach
+        while max_rank < version.rank:
+            max_rank *= 2
+        alike = [self._alike[block.linear] for block in version.blocks]
+        self.reach = Reach(max_rank, targeted.union(*alike))
 
     def _settle(self) -> None:
         """Let what was written be there for other streams: of batches, and of other threads."""
@@ -720,6 +744,10 @@ def _groups(model: nn.Module, linears: dict[str, nn.Linear]) -> tuple[Group, ...
     for names in groups:
         found.append(Group(names, sum(len(group.names) for group in found)))
     return tuple(found)
+
+
+def _last(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name.rpartition(".")[2] for name in names)
 
 
 def _dtype_of(model: nn.Module, weight: Tensor) -> torch.dtype:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlora import segmented_ops
-from fastlora.adapters.pool import AdapterPool, Group
+from fastlora.adapters.pool import AdapterPool, Group, Reach
 from fastlora.segments import Segments
 
 BATCH = "fastlora_batch"  # by this name the model's forward may be handed the batch that it runs
@@ -33,12 +33,12 @@ class Batch:
     """What the linears are told of the batch that runs; made anew for every forward.
 
     Args:
-        max_rank: at least the rank of every adapter of the batch, a multiple of 16. The pool's may
-            grow while the batch runs, and all its launches are to be alike.
+        reach: the pool's, with the batch's adapters. It may grow while the batch runs, and all its
+            launches are to be alike.
     """
 
-    def __init__(self, max_rank: int) -> None:
-        self.max_rank = max_rank
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
         # Of a group that has been computed, the outputs that wait to be asked for.
         self.pending: dict[_Siblings, _Computed] = {}
 
@@ -61,11 +61,11 @@ class RowsOfTokens(Batch):
     Args:
         segments: of all tokens.
         logits: of those whose logits are wanted; a model may select them before its head.
-        max_rank: see ``Batch``.
+        reach: see ``Batch``.
     """
 
-    def __init__(self, segments: Segments, logits: Segments, max_rank: int) -> None:
-        super().__init__(max_rank)
+    def __init__(self, segments: Segments, logits: Segments, reach: Reach) -> None:
+        super().__init__(reach)
         self._segments, self._logits = segments, logits
 
     def segments_for(self, tokens: int, is_head: bool) -> Segments | None:
@@ -90,7 +90,7 @@ class RowsOfSequences(Batch):
     """
 
     def __init__(self, slots: Sequence[int], pool: AdapterPool) -> None:
-        super().__init__(pool.rank_ceiling)
+        super().__init__(pool.reach)
         self._slots, self._pool = list(slots), pool
         self._made: dict[int, Segments] = {}
 
@@ -168,7 +168,7 @@ class Routing:
             compute,
             x.reshape(-1, x.shape[-1]),
             pool.arena,
-            pool.descriptors[group.first : group.first + len(group.names)],
+            self._descriptors_of(group),
             segments,
             max_rank=max_rank,
             adapters=lambda s, slots: pool.in_slots(group.first + s, slots),
@@ -179,10 +179,10 @@ class Routing:
         group: Group,
         members: Sequence[nn.Module],
         x: Tensor,
-        segments: Segments,
+        segments: Segments | None,
         max_rank: int,
     ) -> list[Tensor] | None:
-        """Compute ``with_adapters`` of plain linears without torch's own products.
+        """Compute plain linears, and ``with_adapters`` if there are any, without torch's products.
 
         ``None``: it is not to be done for these.
         """
@@ -191,19 +191,21 @@ class Routing:
         biases: list[Tensor | None] = [linear.bias for linear in linears]
         arena = self.pool.arena
         if len(linears) < len(members) or not segmented_ops.fuses_linears(
-            x, weights, biases, arena, max_rank
+            x, weights, biases, arena, max_rank, has_adapters=segments is not None
         ):
             return None
-        ys = segmented_ops.linears_with_adapters(
-            x.reshape(-1, x.shape[-1]),
-            weights,
-            biases,
-            arena,
-            self.pool.descriptors[group.first : group.first + len(members)],
-            segments,
-            max_rank=max_rank,
-        )
+        flat = x.reshape(-1, x.shape[-1])
+        if segments is None:
+            ys = segmented_ops.frozen_linears(flat, weights, biases)
+        else:
+            operands = (arena, self._descriptors_of(group), segments)
+            ys = segmented_ops.linears_with_adapters(
+                flat, weights, biases, *operands, max_rank=max_rank
+            )
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+    def _descriptors_of(self, group: Group) -> Tensor:
+        return self.pool.descriptors[group.first : group.first + len(group.names)]
 
 
 class _Computed(NamedTuple):
@@ -232,32 +234,39 @@ class _Siblings:
             if not computed.outputs:
                 del batch.pending[self]
             return y
-        at = self.members.index(layer)
-        try:
-            is_head = "fastlora_is_head" in layer.__dict__
-            segments = batch.segments_for(x.numel() // x.shape[-1], is_head)
-        except OtherRows:
-            # Of experts for example, which are called with some of the tokens.
-            if self.routing.pool.has_adapters(self.group.first + at):
-                raise
-            segments = None
-        if segments is None:
-            return _linear(layer, x)
+        segments = self._segments_for(layer, x, batch)
         members, group = self.members, self.group
         if not together:
+            at = members.index(layer)
             members, group = (layer,), Group((group.names[at],), group.first + at)
 
         def compute() -> list[Tensor]:
             return [_linear(member, x) for member in members]
 
-        ys = self.routing.fused(group, members, x, segments, batch.max_rank)
+        max_rank = batch.reach.max_rank
+        ys = self.routing.fused(group, members, x, segments, max_rank)
         if ys is None:
-            ys = self.routing.with_adapters(group, compute, x, segments, batch.max_rank)
+            if segments is None:
+                return _linear(layer, x)
+            ys = self.routing.with_adapters(group, compute, x, segments, max_rank)
         outputs = dict(zip(members, ys, strict=True))
         y = outputs.pop(layer)
         if together:
             batch.pending[self] = _Computed(x, x._version, outputs)
         return y
+
+    def _segments_for(self, layer: nn.Module, x: Tensor, batch: Batch) -> Segments | None:
+        """Return the metadata for a layer's input; ``None``: no adapter is to be added."""
+        if self.group.first not in batch.reach.targeted:
+            return None
+        is_head = "fastlora_is_head" in layer.__dict__
+        try:
+            return batch.segments_for(x.numel() // x.shape[-1], is_head)
+        except OtherRows:
+            # Of experts for example, which are called with some of the tokens.
+            if self.routing.pool.has_adapters(self.group.first + self.members.index(layer)):
+                raise
+            return None
 
 
 class RoutedLinear(nn.Linear):

@@ -86,7 +86,7 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
         self.__class__ = _InputsAndOutputs
         self.pool = pool
         self.samples = self.has_adapters = False
-        self.max_rank = pool.rank_ceiling
+        self.reach = pool.reach
         columns = self._bulk_input_tensor.shape[1]
         pinned = self.device.type == "cpu" and torch.cuda.is_available()
         # Twice slots, order and tiles: of all tokens, and of those with logits. Its address is
@@ -125,7 +125,7 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
                 self.samples |= "do_sample" in request.state.logit_processor_kwargs
         self.has_adapters = any(slot for slot, _ in tokens)
         # Of this batch, whatever is loaded while it runs or is captured.
-        self.max_rank = self.pool.rank_ceiling
+        self.reach = self.pool.reach
         if not self.has_adapters and self.device.type == "cpu" and not use_padding:
             return
         sizes = (self.num_q_tokens, self._get_num_sequences(use_padding))
@@ -142,7 +142,7 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
     def _transfer_inputs(self, other: Any, stream: Any, non_blocking: bool = False) -> None:
         super()._transfer_inputs(other, stream=stream, non_blocking=non_blocking)
         other.samples, other.has_adapters = self.samples, self.has_adapters
-        other.max_rank = self.max_rank
+        other.reach = self.reach
         width = self.num_q_tokens
         with stream_context(stream):
             other.rows[:, :width].copy_(self.rows[:, :width], non_blocking=non_blocking)
@@ -159,7 +159,7 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
             kwargs[BATCH] = RowsOfTokens(
                 self._segments(0, self.num_q_tokens, runs[0]),
                 self._segments(METADATA_ROWS, self._get_num_sequences(use_padding), runs[1]),
-                self.max_rank,
+                self.reach,
             )
         return kwargs
 
@@ -176,8 +176,9 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
     def _get_graph_key(self) -> tuple[int, ...]:
         # What is launched differs by these, beside what transformers knows of.
         key: tuple[int, ...] = super()._get_graph_key()
-        rank = self.max_rank if self.has_adapters else 0
-        return (*key, rank, int(self.samples))
+        # It only grows: how many groups it has tells which.
+        reach = (self.reach.max_rank, len(self.reach.targeted)) if self.has_adapters else (0, 0)
+        return (*key, *reach, int(self.samples))
 
 
 class _Cache(PagedAttentionCache):
