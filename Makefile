@@ -77,7 +77,7 @@ bench-launch: .venv/bench/.done  ## what a launch costs the host, through Triton
 
 # The oldest and newest peft and transformers that are supported, and two between.
 COMPAT := 0.18.1-4.57.6 0.19.1-5.17.0 0.20.0-5.23.0 0.21.2-5.23.0
-CORE   := $(addprefix tests/test_,lora_linear.py segmented_add.py adapter_names.py adapter_files.py layers.py prepared.py rules.py siblings.py discovery.py families.py patching.py entry_points.py training.py zero3.py) $(wildcard tests/test_peft_*.py)
+CORE   := $(addprefix tests/test_,lora_linear.py segmented_add.py adapter_names.py adapter_saved.py adapter_live.py adapter_config.py adapter_weights.py adapter_files.py layers.py prepared.py rules.py siblings.py discovery.py families.py patching.py entry_points.py training.py zero3.py) $(wildcard tests/test_peft_*.py)
 ZERO3  := 0.21.2-5.23.0# the pair that is also tried with DeepSpeed
 
 compat: $(COMPAT:%=compat-%)  ## the core tests with four pairs of peft and transformers

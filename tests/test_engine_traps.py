@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-EXACT, ENGINE, POOL = "test_engine_exactness", "test_engine", "test_adapter_pool"
-FILES, KERNELS, LOADS = "test_adapter_files", "test_kernels_segmented", "test_engine_loads"
+EXACT, LOADS, MODELS = "test_engine_exactness", "test_engine_loads", "test_engine_models"
+ARGUMENTS, SAMPLING = "test_engine_arguments", "test_engine_sampling"
+ROOM, CLOSING = "test_engine_room", "test_engine_closing"
+POOL, CONFIG, LIVE = "test_adapter_pool", "test_adapter_config", "test_adapter_live"
+REACH, KERNELS = "test_engine_reach", "test_kernels_segmented"
 
 # What goes wrong, and the tests that it does not, as file.test; or why it cannot happen.
 TRAPS: dict[str, list[str] | str] = {
@@ -25,7 +28,7 @@ TRAPS: dict[str, list[str] | str] = {
         f"{POOL}.test_what_is_used_or_pinned_does_not_leave",
         f"{POOL}.test_steps_for_which_a_batch_may_still_read_what_has_ended",
         f"{POOL}.test_any_sequence_of_calls",
-        f"{ENGINE}.test_threads_submit_cancel_load_and_unload_at_once",
+        f"{ROOM}.test_threads_submit_cancel_load_and_unload_at_once",
         f"{LOADS}.test_every_answer_is_right_while_adapters_come_and_go",
     ],
     "4: a CUDA graph is captured without an adapter and stays so": [
@@ -35,7 +38,8 @@ TRAPS: dict[str, list[str] | str] = {
     "5: a grid or a number of segments is fixed at capture": [
         f"{KERNELS}.test_a_captured_launch_serves_every_later_batch",
         f"{EXACT}.test_graphs_with_and_without_adapters_are_others",
-        f"{ENGINE}.test_launches_of_a_batch_are_alike_whatever_is_loaded_meanwhile",
+        f"{REACH}.test_launches_of_a_batch_are_alike_whatever_is_loaded_meanwhile",
+        f"{REACH}.test_a_graph_is_another_once_adapters_have_reached_more",
     ],
     "6: metadata of a larger batch stays behind a smaller one": [
         f"{EXACT}.test_padded_batches",
@@ -57,8 +61,8 @@ TRAPS: dict[str, list[str] | str] = {
     ],
     "11: rsLoRA and patterns are ignored": [
         f"{EXACT}.test_a_mixed_batch_says_what_peft_says",
-        f"{FILES}.test_scalings_of_random_patterns_are_those_of_peft",
-        f"{FILES}.test_the_scalings_of_a_live_model_are_those_it_uses",
+        f"{CONFIG}.test_scalings_of_random_patterns_are_those_of_peft",
+        f"{LIVE}.test_the_scalings_of_a_live_model_are_those_it_uses",
     ],
     "12: a linear that an adapter lacks keeps that of the one before": [
         f"{POOL}.test_a_slot_that_is_used_again_has_nothing_of_what_was_there",
@@ -74,8 +78,8 @@ TRAPS: dict[str, list[str] | str] = {
         f"{EXACT}.test_a_head_that_is_called_with_all_tokens",
     ],
     "15: experts are called with tokens in another order": [
-        f"{ENGINE}.test_linears_that_are_called_with_other_rows",
-        f"{FILES}.test_what_is_not_plain_lora_is_refused_by_name",  # target_parameters
+        f"{MODELS}.test_linears_that_are_called_with_other_rows",
+        f"{CONFIG}.test_what_is_not_plain_lora_is_refused_by_name",  # target_parameters
     ],
     "16: offsets of 32 bits": [
         f"{KERNELS}.test_pages_and_rows_beyond_32_bits_are_found",
@@ -94,18 +98,18 @@ TRAPS: dict[str, list[str] | str] = {
         "padding's token"
     ),
     "20: an exception ends the loop, and with it everybody": [
-        f"{ENGINE}.test_what_is_no_prompt_is_refused_and_nothing_is_begun",
-        f"{ENGINE}.test_rows_without_finite_scores_do_not_stop_the_others",
-        f"{ENGINE}.test_adapters_are_loaded_and_unloaded_while_requests_run",
-        f"{ENGINE}.test_an_adapter_that_cannot_be_read_again_is_an_error_of_its_requests",
-        f"{ENGINE}.test_an_error_ends_requests_with_its_reason_and_the_engine_begins_again",
+        f"{ARGUMENTS}.test_what_is_no_prompt_is_refused_and_nothing_is_begun",
+        f"{SAMPLING}.test_rows_without_finite_scores_do_not_stop_the_others",
+        f"{ROOM}.test_adapters_are_loaded_and_unloaded_while_requests_run",
+        f"{ROOM}.test_an_adapter_that_cannot_be_read_again_is_an_error_of_its_requests",
+        f"{CLOSING}.test_an_error_ends_requests_with_its_reason_and_the_engine_begins_again",
         f"{EXACT}.test_several_answers_to_a_prompt",  # of which transformers dies with one token
     ],
     "21: a quantized base has another dtype and another forward": [
-        f"{ENGINE}.test_linears_that_others_made_keep_what_they_do",
+        f"{MODELS}.test_linears_that_others_made_keep_what_they_do",
     ],
     "22: torch.compile makes constants of the batch": [
-        f"{ENGINE}.test_a_compiled_model_asks_every_batch",
+        f"{MODELS}.test_a_compiled_model_asks_every_batch",
     ],
     "23: a kernel is taken from a cache for another shape": [
         "test_segmented_add.test_launches_are_kept_by_all_that_they_were_prepared_for",
@@ -114,21 +118,21 @@ TRAPS: dict[str, list[str] | str] = {
         f"{POOL}.test_what_cannot_be_used_is_refused_and_nothing_else_is_touched",
         f"{POOL}.test_nobody_leaves_for_nothing",
         f"{POOL}.test_nobody_leaves_for_pieces_that_are_too_small",
-        f"{ENGINE}.test_an_adapter_that_is_refused_disturbs_nobody",
+        f"{ROOM}.test_an_adapter_that_is_refused_disturbs_nobody",
     ],
     "25: an adapter is unloaded under a request": [
         f"{POOL}.test_a_name_that_is_unloaded_is_gone_at_once_and_its_weights_when_nobody_uses_them",
-        f"{ENGINE}.test_adapters_are_loaded_and_unloaded_while_requests_run",
+        f"{ROOM}.test_adapters_are_loaded_and_unloaded_while_requests_run",
     ],
     "26: ranks of tensor parallelism disagree on slots": "the engine runs on one device",
     "27: what is more than plain LoRA is ignored": [
-        f"{FILES}.test_what_is_not_plain_lora_is_refused_by_name",
-        f"{FILES}.test_every_field_of_the_installed_peft_is_known",
-        f"{FILES}.test_live_models_of_more_than_plain_lora_are_refused",
+        f"{CONFIG}.test_what_is_not_plain_lora_is_refused_by_name",
+        f"{CONFIG}.test_every_field_of_the_installed_peft_is_known",
+        f"{LIVE}.test_live_models_of_more_than_plain_lora_are_refused",
     ],
     "28: the first request's sampling is everybody's": [
-        f"{ENGINE}.test_every_request_is_sampled_as_it_says",
-        f"{ENGINE}.test_samples_follow_temperature_top_k_and_top_p",
+        f"{SAMPLING}.test_every_request_is_sampled_as_it_says",
+        f"{SAMPLING}.test_samples_follow_temperature_top_k_and_top_p",
     ],
 }
 

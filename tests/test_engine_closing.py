@@ -1,0 +1,229 @@
+"""Errors of the engine itself, and its end: the model is what it was, and no thread is left."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_engines
+import torch
+from serving_models import PATIENCE, SPECS, ask, engine_of, served_model, state_of, with_adapters
+from small_engines import LONG, WORDS, make, one_at_a_time, own_threads, prompt_of, until
+from transformers.generation.continuous_batching import continuous_api
+
+import fastlora
+from fastlora.adapters.errors import AdapterError
+from fastlora.serving import linears
+
+judge = small_engines.judge
+
+
+# Errors of the engine itself.
+
+
+def test_an_error_ends_requests_with_its_reason_and_the_engine_begins_again(judge):
+    prompt, threads = prompt_of(5), own_threads()
+    with make(judge, "all-4", "rs-8", attention="eager") as engine:
+        ask(engine, [prompt], "all-4", 2)
+        requests = [
+            engine.submit(prompt, name, num_return_sequences=2, **LONG) for name in ("all-4", None)
+        ]
+
+        def broken(*args):
+            raise RuntimeError("out of something")
+
+        engine._running().batch_processor.scheduler.schedule_batch = broken
+        for request in requests:
+            for result in request.results(PATIENCE):
+                assert result.finish_reason == "error"
+                assert "out of something" in result.error
+        assert ask(engine, [prompt], "rs-8", 4) == [judge.answer(prompt, "rs-8", 4)]
+        assert all(info.requests == 0 for info in engine.adapters.list())
+        assert own_threads() == [*threads, "fastlora-engine"]
+    assert engine.model.config._attn_implementation == "eager"
+
+
+def test_an_engine_that_cannot_begin_says_why(judge, monkeypatch):
+    def broken(*args, **kwargs):
+        raise MemoryError("no room for keys")
+
+    with make(judge) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(continuous_api, "PagedAttentionCache", broken)
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="the engine has stopped: no room for keys"):
+                    engine.submit(prompt_of(5), "all-4")
+        assert ask(engine, [prompt_of(5)], None, 2) == [judge.answer(prompt_of(5), None, 2)]
+
+
+def test_settings_that_cannot_be_leave_the_model_alone(judge):
+    with make(judge, attention="eager", page_size=1) as engine:
+        before = state_of(engine.model)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="page_size must be at least"):
+                engine.generate([prompt_of(5)])
+        assert state_of(engine.model) == before
+
+
+def test_a_request_that_comes_when_the_engine_dies_ends(judge):
+    """Between the check that it runs and the end of its thread."""
+    with make(judge) as engine:
+        manager = engine._running()
+        put = manager.input_queue.put
+
+        def late(state):
+            manager.background_thread_status.request_stop(2, 0)
+            manager._generation_thread.join(PATIENCE)
+            put(state)
+
+        manager.input_queue.put = late
+        with pytest.raises(RuntimeError, match="The background thread is stopping"):
+            engine.submit(prompt_of(5), "all-4")
+        assert len(engine._requests) == 0
+        assert all(info.requests == 0 for info in engine.adapters.list())
+
+
+# The end.
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_closing_makes_the_model_what_it_was(attention, judge):
+    model = served_model(attention=attention, **WORDS)
+    model.model.layers[1].train()
+    ids = torch.tensor([prompt_of(9)])
+    before = state_of(model), model(ids).logits
+    engine = engine_of(model, judge.folders)
+    assert state_of(model) != before[0]
+    assert not model.model.layers[1].training
+    ask(engine, [prompt_of(5)], "all-4", 4)
+    assert type(model.model.layers[0].mlp.up_proj) is linears.RoutedLinear
+    engine.close()
+    engine.close()
+    assert state_of(model) == before[0]
+    assert torch.equal(model(ids).logits, before[1])
+    with engine_of(model, judge.folders) as engine:
+        found = ask(engine, [prompt_of(5)], "all-4", 4)
+    assert found == [judge.answer(prompt_of(5), "all-4", 4)]
+
+
+def test_whoever_calls_the_model_beside_the_engine_gets_the_base(judge):
+    model = served_model(**WORDS)
+    ids = torch.tensor([prompt_of(9)])
+    before = model(ids).logits
+    with engine_of(model, judge.folders) as engine:
+        ask(engine, [prompt_of(5)], "all-4", 4)
+        assert torch.equal(model(ids).logits, before)
+        assert repr(model.model.layers[0].self_attn.q_proj).startswith("Linear(in_features=32,")
+        assert set(model.state_dict()) == set(served_model(**WORDS).state_dict())
+
+
+def test_closing_cancels_what_runs_and_what_waits(judge):
+    engine = one_at_a_time(judge, "rs-8", "all-4", attention="eager")
+    before = state_of(served_model(attention="eager", **WORDS))
+    options = {**LONG, "num_return_sequences": 2}
+    requests = [
+        engine.submit(prompt_of(5), name, **options) for name in ("rs-8", "all-4", None, "rs-8")
+    ]
+    blocked: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: blocked.append(engine.generate([prompt_of(5)] * 2, "rs-8", **LONG))
+    )
+    thread.start()
+    assert until(lambda: len(engine._requests) == 6)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    engine.close()
+    for each in (closing, thread):
+        each.join(PATIENCE)
+        assert not each.is_alive()
+    results = [result for request in requests for result in request.results(0)] + blocked[0]
+    assert {result.finish_reason for result in results} == {"cancelled"}
+    assert {result.error for result in results} == {None}
+    assert own_threads().count("fastlora-loader") <= 1
+    assert state_of(engine.model) == before
+    assert all(info.requests == 0 for info in engine.adapters.list())
+    assert "closed" in repr(engine)
+    for begin in (engine.generate, engine.submit, lambda prompt: next(engine.stream(prompt))):
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            begin(prompt_of(5))
+
+
+def test_no_thread_is_left(judge):
+    before = own_threads()
+    with one_at_a_time(judge, "rs-8", "all-4") as engine:
+        ask(engine, [prompt_of(5)] * 2, ["rs-8", "all-4"], 4)
+        assert len(own_threads()) == len(before) + 2
+    assert own_threads() == before
+
+
+def test_an_engine_that_nobody_has_any_more_is_closed(judge):
+    model = served_model(attention="eager", **WORDS)
+    before, threads = state_of(model), own_threads()
+    engine = engine_of(model, judge.folders)
+    ask(engine, [prompt_of(5)], "all-4", 4)
+    gone = weakref.ref(engine)
+    # A request keeps it, until it is over and nobody has it either.
+    request = engine.submit(prompt_of(5), "all-4", **{**LONG, "max_new_tokens": 60})
+    del engine
+    assert request.result(PATIENCE).token_ids == judge.answer(prompt_of(5), "all-4", 60)
+    del request
+    gc.collect()
+    assert gone() is None
+    assert until(lambda: own_threads() == threads)
+    assert state_of(model) == before
+
+
+def test_an_engine_may_end_on_its_own_thread(judge):
+    """There the last one who has it may be a request that has just ended."""
+    model = served_model(**WORDS)
+    before, threads = state_of(model), own_threads()
+    engine = engine_of(model, judge.folders)
+    gone = weakref.ref(engine)
+    engine.submit(prompt_of(5), "all-4", **{**LONG, "max_new_tokens": 30})
+    del engine
+    assert until(lambda: gone() is None)
+    assert until(lambda: own_threads() == threads)
+    assert until(lambda: state_of(model) == before)
+
+
+def test_a_process_ends_with_an_engine_that_nobody_closed(judge):
+    script = f"""
+import torch
+from serving_models import engine_of, served_model
+engine = engine_of(served_model(vocab_size=264), {{"it": {str(judge.folders["all-4"])!r}}})
+request = engine.submit([1, 2, 3], "it", stream=True, max_new_tokens=400, ignore_eos=True)
+engine.submit([1, 2, 3], max_new_tokens=400, ignore_eos=True)
+while not request._tokens:
+    pass
+print("running")
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, "running\n"), run.stderr
+
+
+def test_an_engine_that_is_not_made_leaves_the_model_alone(judge, tmp_path):
+    model = served_model(**WORDS)
+    before = state_of(model)
+    with pytest.raises(AdapterError, match=r"^it: "):
+        engine_of(model, {"it": tmp_path})
+    with pytest.raises(ValueError, match='a size is bytes, or such as "2GB"'):
+        fastlora.Engine(model, adapter_memory="lots")
+    assert state_of(model) == before
+    with engine_of(model):
+        attached = state_of(model)
+        with pytest.raises(ValueError, match="another engine runs on this model"):
+            engine_of(model)
+        assert state_of(model) == attached
+    assert state_of(model) == before
+    with pytest.raises(ValueError, match="the model has peft layers"):
+        engine_of(with_adapters(model, {"it": SPECS["qv-16"]}))
+    gc.collect()
