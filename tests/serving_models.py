@@ -95,11 +95,13 @@ class Judge:
         self.folders = {name: folder / name for name in specs}
         self._known: dict[Any, list[int]] = {}
 
-    def answer(self, prompt: Sequence[int], adapter: str | None, new: int) -> list[int]:
+    def answer(
+        self, prompt: Sequence[int], adapter: str | None, new: int, **generation: Any
+    ) -> list[int]:
         """Return the ``new`` most likely tokens."""
-        key = (tuple(prompt), adapter, new)
+        key = (tuple(prompt), adapter, new, *generation.items())
         if key not in self._known:
-            self._known[key] = self._generate(prompt, adapter, new)
+            self._known[key] = self._generate(prompt, adapter, new, **generation)
         return self._known[key]
 
     def answers(
@@ -112,13 +114,15 @@ class Judge:
         with self._using(adapter), torch.no_grad():
             return self.model(torch.tensor([list(prompt)])).logits[0, -1]
 
-    def _generate(self, prompt: Sequence[int], adapter: str | None, new: int) -> list[int]:
+    def _generate(
+        self, prompt: Sequence[int], adapter: str | None, new: int, **generation: Any
+    ) -> list[int]:
         ids = torch.tensor([list(prompt)])
         with self._using(adapter), torch.no_grad():
             # Without a mask generate makes one, which hides tokens that equal the padding.
             out = self.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
-                do_sample=False, eos_token_id=None, pad_token_id=0,
+                do_sample=False, eos_token_id=None, pad_token_id=0, **generation,
             )  # fmt: skip
         return out[0, len(prompt) :].tolist()
 

@@ -192,6 +192,8 @@ def test_how_long_answers_are(judge):
         ({"top_k": -3}, ValueError, "top_k must be 0 or more, got -3"),
         ({"top_p": 0.0}, ValueError, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, ValueError, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"min_p": 1.5}, ValueError, r"min_p must lie in \[0, 1\], got 1.5"),
+        ({"repetition_penalty": 0}, ValueError, "repetition_penalty must be positive, got 0.0"),
         ({"max_tokens": 3}, TypeError, "max_tokens: no such option here; there are do_sample"),
     ],
 )
@@ -205,6 +207,6 @@ def test_senseless_options_are_refused(options, error, message, shared):
 
 def test_settings_that_are_not_computed_are_told(judge):
     model = served_model(**WORDS)
-    model.generation_config.repetition_penalty = 1.1
-    with pytest.warns(UserWarning, match=r"asks for repetition_penalty=1.1, which the engine does"):
+    model.generation_config.no_repeat_ngram_size = 3
+    with pytest.warns(UserWarning, match="asks for no_repeat_ngram_size=3, which the engine does"):
         engine_of(model).close()

@@ -294,10 +294,14 @@ def test_graphs_with_and_without_adapters_are_others(judge):
             ("one", [None, "all-4"]),
             ("two", ["rs-8", "all-4"]),
             ("sampled", ["rs-8", "all-4"]),
+            ("penalized", ["rs-8", "all-4"]),
         ):
             # So that batches are as large every time.
             manager.batch_processor.cache.evict_cached_blocks()
-            ask(engine, prompts, names, 2, do_sample=case == "sampled")
+            penalty = 1.5 if case == "penalized" else 1.0
+            sampled = case == "sampled"
+            ask(engine, prompts, names, 2, do_sample=sampled, repetition_penalty=penalty)
     assert keys["one"] == keys["two"]
     assert not keys["base"] & keys["one"]
     assert not keys["sampled"] & (keys["one"] | keys["base"])
+    assert not keys["penalized"] & (keys["one"] | keys["base"] | keys["sampled"])

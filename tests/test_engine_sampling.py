@@ -9,6 +9,7 @@ import torch
 from serving_models import PATIENCE, ask
 from small_engines import make, prompt_of
 
+from fastlora.serving.penalties import RepetitionPenalty
 from fastlora.serving.sampling import SamplingProcessors
 
 judge = small_engines.judge
@@ -45,12 +46,15 @@ def test_samples_follow_temperature_top_k_and_top_p(shared, judge):
         "temperature": ({"temperature": 2.0}, (logits / 2.0).softmax(-1)),
         "top_k": ({"temperature": 2.0, "top_k": 3}, None),
         "top_p": ({"temperature": 2.0, "top_p": 0.5}, None),
+        "min_p": ({"temperature": 2.0, "min_p": 0.2}, None),
     }
     probabilities = cases["temperature"][1]
     order = probabilities.argsort(descending=True)
     kept = {"temperature": order, "top_k": order[:3]}
     before = probabilities[order].cumsum(0) - probabilities[order]
     kept["top_p"] = order[before < 0.5]
+    kept["min_p"] = order[probabilities[order] >= 0.2 * probabilities.max()]
+    assert len({len(tokens) for tokens in kept.values()}) == len(kept)
     requests = {
         case: shared.submit(
             prompt, "all-4", do_sample=True, max_new_tokens=1, num_return_sequences=draws, **options
@@ -70,14 +74,14 @@ def test_samples_follow_temperature_top_k_and_top_p(shared, judge):
 
 
 def test_rows_without_finite_scores_do_not_stop_the_others():
-    processors = SamplingProcessors(8)
+    processors = SamplingProcessors(8, RepetitionPenalty(8, torch.device("cpu")))
     processors.sampling = True
     scores = torch.randn(4, 8)
     scores[0, 3] = float("nan")
     scores[1, 2] = float("inf")
     scores[2] = float("nan")
     requests = [_State({"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9})] * 4
-    arguments = torch.zeros((4, 4), dtype=torch.int32)
+    arguments = torch.zeros((6, 4), dtype=torch.int32)
     processors.prepare_tensor_args(requests, arguments)
     processed = processors(torch.zeros(4, dtype=torch.long), scores, arguments)
     drawn = torch.multinomial(processed.softmax(-1), 1)[:, 0].tolist()

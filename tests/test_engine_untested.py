@@ -14,8 +14,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from fastlora.serving import batching
 from fastlora.serving import engine as engine_module
-from fastlora.serving.engine import Engine
 from fastlora.serving.requests import Result
+from fastlora.serving.rows import RowsGenerator
 
 judge = small_engines.judge
 
@@ -122,8 +122,8 @@ def test_without_continuous_batching_closing_does_not_wait_for_all(judge, untest
         assert go_on.wait(PATIENCE)
         return run_rows(self, rows, slots)
 
-    run_rows = Engine._run_rows
-    monkeypatch.setattr(Engine, "_run_rows", slow)
+    run_rows = RowsGenerator._run
+    monkeypatch.setattr(RowsGenerator, "_run", slow)
     engine = one_at_a_time(judge, "rs-8", "all-4")
     results: list[Result] = []
     thread = threading.Thread(
@@ -135,7 +135,7 @@ def test_without_continuous_batching_closing_does_not_wait_for_all(judge, untest
     assert begun.wait(PATIENCE)
     closing = threading.Thread(target=engine.close)
     closing.start()
-    assert until(lambda: engine._closed)
+    assert until(lambda: engine._in_rows._closed)
     go_on.set()
     for each in (closing, thread):
         each.join(PATIENCE)

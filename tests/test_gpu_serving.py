@@ -335,6 +335,25 @@ def test_an_engine_with_graphs_and_asynchronous_batches_says_what_one_without_sa
 
 @pytest.mark.usefixtures("continuous_batching")
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["one-by-one", "asynchronous"])
+def test_penalties_are_of_tokens_that_the_host_does_not_know_yet(judge, asynchronous):
+    from serving_models import SPECS, engine_of, prompts_of, served_model
+
+    names, penalties = [*SPECS, None], [1.3, 1.0, 0.8, 2.5, 1.2]
+    prompts = prompts_of(9, 12, 31, 4, 17)
+    asked = list(zip(prompts, names, penalties, strict=True))
+    expected = [judge.answer(p, name, 24, repetition_penalty=each) for p, name, each in asked]
+    settings = {"use_cuda_graph": True, "use_async_batching": asynchronous}
+    with engine_of(served_model().to(CUDA), judge.folders, **settings) as engine:
+        for _ in range(2):  # captured, and replayed
+            requests = [
+                engine.submit(p, name, repetition_penalty=each, max_new_tokens=24, ignore_eos=True)
+                for p, name, each in asked
+            ]
+            assert [request.result(60).token_ids for request in requests] == expected
+
+
+@pytest.mark.usefixtures("continuous_batching")
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["one-by-one", "asynchronous"])
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_batches_wait_for_the_stream_that_fills_their_buffers(
     monkeypatch, judge, graphs, asynchronous

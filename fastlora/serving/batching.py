@@ -49,6 +49,7 @@ def _changed_signatures() -> list[str]:
         continuous_api.ContinuousBatchingManager,
     )
     cache, router = continuous_api.PagedAttentionCache, continuous_api.OutputRouter
+    processors = continuous_api.ContinuousBatchingLogitsProcessorList
     expected = {
         inputs.prepare_batch_tensors: "requests_in_batch logits_processors use_decode_fast_path "
         "num_q_tokens max_kv_read use_padding",
@@ -56,6 +57,8 @@ def _changed_signatures() -> list[str]:
         inputs._transfer_inputs: "other stream non_blocking",
         inputs._get_graph_key: "",
         inputs._get_num_sequences: "use_padding",
+        processors.prepare_tensor_args: "requests_in_batch arg_storage",
+        processors.__call__: "input_ids scores logits_processor_args",
         cache.search_prefix_match: "request_id prompt_ids",
         cache.mark_complete_blocks: "state complete_blocks",
         manager._create_batch_processor: "",

@@ -6,7 +6,7 @@ transformers' own. What is added, each by a subclass of one of its classes:
     _InputsAndOutputs   writes beside its inputs which slot every token has, for the model
     _Cache              the hash of a prefix begins with the adapter's version: blocks of one are
                         never another's (nor those of an earlier load of the same name)
-    _Runner             samples by request (see ``sampling.py``)
+    _Runner             samples by request (see ``sampling.py`` and ``penalties.py``)
     Manager             tells ``OpenRequests`` of every request, and the pool of every step
 
 The adapter rides in the request's ``logit_processor_kwargs``, which transformers copies whenever it
@@ -37,6 +37,7 @@ from transformers.generation.continuous_batching.utils import stream_context
 from fastlora.adapters.pool import AdapterPool
 from fastlora.segments import METADATA_ROWS, Runs, Segments, fill, rows_of_a_tile, tile_count
 from fastlora.serving.linears import BATCH, RowsOfTokens
+from fastlora.serving.penalties import RepetitionPenalty
 from fastlora.serving.requests import OpenRequests, children_of
 from fastlora.serving.sampling import SamplingProcessors
 
@@ -85,7 +86,7 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
         """Make what is added; called once, on an object that was made as its parent class."""
         self.__class__ = _InputsAndOutputs
         self.pool = pool
-        self.samples = self.has_adapters = False
+        self.samples = self.penalizes = self.has_adapters = False
         self.reach = pool.reach
         columns = self._bulk_input_tensor.shape[1]
         pinned = self.device.type == "cpu" and torch.cuda.is_available()
@@ -116,13 +117,17 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
             use_padding,
         )
         tokens, logits = [], []
-        self.samples = False
+        self.samples = self.penalizes = False
         for request in requests_in_batch:
             slot = self.pool.slot_of(_uid(request.state))
             tokens.append((slot, request.query_length))
             if request.has_new_token:
                 logits.append((slot, 1))
                 self.samples |= "do_sample" in request.state.logit_processor_kwargs
+                self.penalizes |= "repetition_penalty" in request.state.logit_processor_kwargs
+        self.penalty = logits_processors.penalty
+        if self.device == self.pool.device:
+            self.penalty.upload()  # else this is the host's side of a pair: with its inputs
         self.has_adapters = any(slot for slot, _ in tokens)
         # Of this batch, whatever is loaded while it runs or is captured.
         self.reach = self.pool.reach
@@ -142,10 +147,12 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
     def _transfer_inputs(self, other: Any, stream: Any, non_blocking: bool = False) -> None:
         super()._transfer_inputs(other, stream=stream, non_blocking=non_blocking)
         other.samples, other.has_adapters = self.samples, self.has_adapters
+        other.penalizes = self.penalizes
         other.reach = self.reach
         width = self.num_q_tokens
         with stream_context(stream):
             other.rows[:, :width].copy_(self.rows[:, :width], non_blocking=non_blocking)
+            self.penalty.upload()
 
     def get_model_kwargs(self, use_padding: bool = False) -> Any:
         kwargs = super().get_model_kwargs(use_padding=use_padding)
@@ -178,7 +185,7 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
         key: tuple[int, ...] = super()._get_graph_key()
         # It only grows: how many groups it has tells which.
         reach = (self.reach.max_rank, len(self.reach.targeted)) if self.has_adapters else (0, 0)
-        return (*key, *reach, int(self.samples))
+        return (*key, *reach, int(self.samples), int(self.penalizes))
 
 
 class _Cache(PagedAttentionCache):
@@ -210,6 +217,7 @@ class _Runner(ModelRunner):
         if isinstance(io, ContinuousBatchingAsyncIOs):
             io = io.io_pairs[io.current_pair].device_io
         self.do_sample = self.logit_processor.sampling = io.samples
+        self.logit_processor.penalizing = io.penalizes
         super().compute_batch(model, batch_data)
 
 
@@ -255,7 +263,9 @@ class Manager(continuous_api.ContinuousBatchingManager):
             if (before := getattr(self, "_original_attn_impl", None)) is not None:
                 model.set_attn_implementation(before)
             raise
-        self.logit_processor = SamplingProcessors(vocabulary)
+        tokens = max(vocabulary, model.get_input_embeddings().weight.shape[0])
+        penalty = RepetitionPenalty(tokens, model.device)
+        self.logit_processor = SamplingProcessors(vocabulary, penalty)
         self.output_router = _Router(requests)
 
     @property
@@ -325,6 +335,8 @@ class Manager(continuous_api.ContinuousBatchingManager):
         processor.cache.scheduler = processor.scheduler
         processor.model_runner.__class__ = _Runner
         inputs = processor.inputs_and_outputs
+        most = self.continuous_batching_config.max_requests_per_batch
+        self.logit_processor.penalty.rows = most
         if isinstance(inputs, ContinuousBatchingAsyncIOs):
             # A row of a request that has ended may be in one more batch.
             self._pool.grace = 2

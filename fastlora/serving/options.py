@@ -1,0 +1,205 @@
+"""What a request is told: its prompt as token ids, its length, its ends, and how it is sampled."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_NEW_TOKENS = 256
+# Divided by less, scores become infinities. Nothing but the most likely token is left long before.
+_LEAST_TEMPERATURE = 1e-5
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_OPTIONS = (*_SAMPLING, "max_new_tokens", "eos_token_id", "ignore_eos", "num_return_sequences")
+# What a generation_config may ask for and the engine does not compute; unless it is this.
+_NOT_COMPUTED = {
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "num_beams": 1,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that is told of a request but its adapter.
+
+    Attributes:
+        tokens: of the prompt.
+        max_new_tokens: how long the answer may be.
+        has_length: whether somebody asked for that length.
+        eos: tokens that end it.
+        sequences: how many answers there are to be.
+        sampling: of ``transformers.GenerationConfig``, what is not its default; empty: greedy.
+    """
+
+    tokens: list[int]
+    max_new_tokens: int
+    has_length: bool
+    eos: list[int]
+    sequences: int
+    sampling: dict[str, Any]
+
+
+class OptionsReader:
+    """Makes ``Options`` of what somebody asks for, or says why it cannot be.
+
+    Args:
+        model: whose defaults and sizes count.
+        tokenizer: whose end of a sequence counts where the model says none, or ``None``.
+
+    Attributes:
+        vocabulary: how many logits the model has.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._defaults = model.generation_config
+        text = model.config.get_text_config()
+        self._longest: int | None = getattr(text, "max_position_embeddings", None)
+        self._tokens: int = model.get_input_embeddings().weight.shape[0]
+        head = model.get_output_embeddings()
+        self.vocabulary = int(getattr(head, "out_features", None) or text.vocab_size)
+        self._eos = _eos_tokens(model, tokenizer)
+        _warn_of(self._defaults)
+
+    def read(self, prompt: Any, given: Mapping[str, Any], tokenizer: Any) -> Options:
+        """Return what is told of a request, from what was given and the model's defaults.
+
+        Args:
+            prompt: a string, chat messages or token ids.
+            given: keywords of ``Engine.generate``.
+            tokenizer: for strings and messages, or ``None``.
+
+        Raises:
+            ValueError: the prompt or an option cannot be used.
+            TypeError: there is no such option.
+        """
+        tokens = self._tokens_of(prompt, tokenizer)
+        unknown = [name for name in given if name not in _OPTIONS]
+        if unknown:
+            raise TypeError(
+                f"{', '.join(unknown)}: no such option here; there are {', '.join(_OPTIONS)}"
+            )
+        options: dict[str, Any] = {n: getattr(self._defaults, n, None) for n in _SAMPLING}
+        options["max_new_tokens"] = getattr(self._defaults, "max_new_tokens", None)
+        options |= {name: value for name, value in given.items() if value is not None}
+        asked, sequences = options["max_new_tokens"], int(options.get("num_return_sequences", 1))
+        for name, number in (("max_new_tokens", asked), ("num_return_sequences", sequences)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be positive, got {number}")
+        new_tokens = DEFAULT_NEW_TOKENS if asked is None else int(asked)
+        if self._longest is not None:
+            if len(tokens) >= self._longest:
+                raise ValueError(
+                    f"a prompt has {len(tokens)} tokens, and the model's longest sequence "
+                    f"{self._longest}"
+                )
+            new_tokens = min(new_tokens, self._longest - len(tokens))
+        eos = options.get("eos_token_id")
+        ends = self._eos if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return Options(
+            tokens=tokens,
+            max_new_tokens=new_tokens,
+            has_length=asked is not None,
+            eos=[] if options.get("ignore_eos") else ends,
+            sequences=sequences,
+            sampling=_sampling_of(options, self.vocabulary),
+        )
+
+    def _tokens_of(self, prompt: Any, tokenizer: Any) -> list[int]:
+        if isinstance(prompt, str):
+            found = _needed(tokenizer, "a string")(prompt)["input_ids"]
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            found = _needed(tokenizer, "chat messages").apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        else:
+            found = prompt
+        try:
+            tokens = list(map(operator.index, found))
+        except TypeError:
+            raise ValueError(
+                "a prompt is a string, a list of token ids or a list of chat messages, not "
+                f"{prompt!r:.100}"
+            ) from None
+        if not tokens:
+            raise ValueError("a prompt has no tokens")
+        if min(tokens) < 0 or max(tokens) >= self._tokens:
+            wrong = next(token for token in tokens if not 0 <= token < self._tokens)
+            raise ValueError(f"a prompt has the token {wrong}, and the vocabulary {self._tokens}")
+        return tokens
+
+
+def _needed(tokenizer: Any, what: str) -> Any:
+    if tokenizer is None:
+        raise ValueError(
+            f"a prompt is {what}, and the engine has no tokenizer: give token ids, or "
+            "Engine(..., tokenizer=...)"
+        )
+    return tokenizer
+
+
+def as_prompts(prompts: Any) -> list[Any]:
+    """Return a list of prompts, also of one alone."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if hasattr(prompts, "tolist"):  # a tensor or an array
+        prompts = prompts.tolist()
+    prompts = list(prompts)
+    if prompts and isinstance(prompts[0], (int, Mapping)):
+        return [prompts]
+    return prompts
+
+
+def _sampling_of(options: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+    """Check how a request is sampled, and return it without defaults; nothing if it is greedy.
+
+    ``None`` and ``top_k=0`` are no limit. A temperature of 0, or next to it, is greedy.
+    """
+    given = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
+    temperature, top_p = float(given.get("temperature", 1.0)), float(given.get("top_p", 1.0))
+    top_k, min_p = int(given.get("top_k", 0)), float(given.get("min_p", 0.0))
+    penalty = float(given.get("repetition_penalty", 1.0))
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 or more, got {top_k}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"min_p must lie in [0, 1], got {min_p}")
+    if not 0.0 < penalty < float("inf"):
+        raise ValueError(f"repetition_penalty must be positive, got {penalty}")
+    sampling: dict[str, Any] = {} if penalty == 1.0 else {"repetition_penalty": penalty}
+    if given.get("do_sample", False) and temperature >= _LEAST_TEMPERATURE:
+        top_k = min(top_k or vocabulary, vocabulary)
+        sampling |= {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling |= {"min_p": min_p} if min_p else {}
+    return sampling
+
+
+def _eos_tokens(model: Any, tokenizer: Any) -> list[int]:
+    for source in (model.generation_config, model.config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
+
+
+def _warn_of(defaults: Any) -> None:
+    """Say what of a generation_config will not be followed."""
+    asked = {name: getattr(defaults, name, None) for name in _NOT_COMPUTED}
+    ignored = [
+        f"{name}={value!r}"
+        for name, value in asked.items()
+        if value is not None and value != _NOT_COMPUTED[name]
+    ]
+    if ignored:
+        warnings.warn(
+            f"the model's generation_config asks for {', '.join(ignored)}, which the engine does "
+            "not compute: its answers may be others than those of model.generate",
+            stacklevel=4,
+        )
