@@ -31,9 +31,10 @@ from typing import Any
 from unittest import mock
 
 import fake_cuda
-import targets
 import torch
 import triton
+from kernel_calls import Case, call_launcher
+from machine_code import TARGETS
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -44,7 +45,7 @@ from fastlora.kernels.launch import Launch
 from fastlora.kernels.tile_config import TileConfig
 
 COLUMNS = ("jit", "direct", "by run", "C")
-H100 = next(target for target in targets.TARGETS if target.name == "sm_90")
+H100 = next(target for target in TARGETS if target.name == "sm_90")
 # Out features of the siblings, by how many there are: o, gate and up, q and k and v of Qwen3-8B.
 SIBLINGS = {1: (4096,), 2: (12288, 12288), 3: (4096, 1024, 1024)}
 # Each operation with its dropout mask, and the numbers of siblings.
@@ -65,7 +66,7 @@ def launches(check: bool) -> Iterator[tuple[str, Launch, Arguments, Arguments]]:
     """Yield every launch: its name, and the arguments of two calls with different tensors."""
     for (operation, mask), numbers in OPERATIONS.items():
         for siblings in numbers[-1:] if check else numbers:
-            case = targets.Case("", ns=SIBLINGS[siblings])
+            case = Case("", ns=SIBLINGS[siblings])
             if check:
                 case = replace(case, m=64, ns=(64,) * siblings, k=64, config=SMALL)
             calls = [recorded(operation, case, mask) for _ in range(2)]
@@ -77,7 +78,7 @@ def launches(check: bool) -> Iterator[tuple[str, Launch, Arguments, Arguments]]:
                 yield f"{name}, {number}", launch, args, others
 
 
-def recorded(operation: str, case: targets.Case, mask: str) -> list[tuple[Launch, Arguments]]:
+def recorded(operation: str, case: Case, mask: str) -> list[tuple[Launch, Arguments]]:
     """Return the launches of an operation, which do not take place."""
     made: list[tuple[Launch, Arguments]] = []
 
@@ -85,7 +86,7 @@ def recorded(operation: str, case: targets.Case, mask: str) -> list[tuple[Launch
         made.append((launch, args))
 
     with mock.patch.object(Launch, "__call__", keep):
-        targets._LAUNCH[operation](case, mask)
+        call_launcher(case, operation, mask)
     return made
 
 

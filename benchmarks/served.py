@@ -1,4 +1,4 @@
-"""What ``serving.py`` measures: a model's linears, run as the engine runs them, with adapters.
+"""A model's linears, run as the engine runs them, with adapters: what the part ``serve`` measures.
 
 Every layer has memory of its own, so that nothing comes from the L2 cache that would not in a
 model; graphs are captured while no row has an adapter, and told of the adapters afterwards.

@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --part sweep --out DIR
 
 Each figure is that of one launch, of a graph with the launches of all layers, whose adapters are in
-memory of their own and not in the L2 cache. Nothing is checked here: ``serving.py`` compares what
-the default tiles compute. Kernels are compiled by several processes at once first, because Triton
-compiles for longer than is timed.
+memory of their own and not in the L2 cache. Nothing is checked here: the part ``serve``
+compares what the default tiles compute. Kernels are compiled by several processes at once first,
+because Triton compiles for longer than is timed.
 """
 
 from __future__ import annotations

@@ -13,8 +13,12 @@ from pathlib import Path
 import gpu
 import promises
 import pytest
-import serving
+import serving_steps
 import torch
+from served import Rows, Served, in_turns
+from serving_counts import LAUNCHES, PREFILL, PROMISED, PROMISED_MODEL
+from serving_promises import PROVIDERS, verdicts
+from serving_session import SIZES, SMOKE, TINY, Session
 
 import fastlora
 from fastlora import plans
@@ -84,7 +88,9 @@ def test_a_part_runs_and_leaves_its_files(part, tmp_path):
         checked = [row for row in rows if row.provider.startswith("fastlora") and row.to_frozen]
         gates = [row.gate for row in checked if row.case.startswith(("decode, 2", "prefill"))]
         # Of a decode, and of a prefill in a graph and without one.
-        assert len(gates) == len(serving.VARIANTS) + 2 * len(serving.prefill_providers(65))
+        assert len(gates) == len(serving_steps.VARIANTS) + 2 * len(
+            serving_steps.prefill_providers(65)
+        )
         assert all(0 < gate <= 1 for gate in gates)
     if part in ("bench", "compiled"):
         rows = results.read_folder(tmp_path)
@@ -222,7 +228,7 @@ def test_metrics_of_all_kernels_are_added_up():
 
 
 class OnCpu:
-    """A run of a part, as a session of ``serving`` sees it."""
+    """A run of a part, as a session of serving sees it."""
 
     smoke, device, facts = True, torch.device("cpu"), {"commit": "abc1234"}
 
@@ -238,7 +244,7 @@ class OnCpu:
 
 @pytest.fixture
 def session(tmp_path):
-    return serving.Session(OnCpu(tmp_path), serving.SMOKE)
+    return Session(OnCpu(tmp_path), SMOKE)
 
 
 SHARE = Row(
@@ -261,7 +267,7 @@ SHARE = Row(
 def test_serving_is_held_to_its_share_of_the_base_model_s_speed(change, least):
     row = replace(SHARE, **change)
     for share, kept in ((least + 0.001, True), (least - 0.001, False)):
-        (verdict,) = serving.verdicts([replace(row, over_frozen=1 / share)])
+        (verdict,) = verdicts([replace(row, over_frozen=1 / share)])
         assert (verdict.limit, verdict.is_kept) == (least, kept)
 
 
@@ -276,7 +282,7 @@ def test_serving_is_held_to_its_share_of_the_base_model_s_speed(change, least):
     ],
 )
 def test_nothing_was_promised_of_other_ways_to_serve(change):
-    assert serving.verdicts([replace(SHARE, **{"over_frozen": 9.0, **change})]) == []
+    assert verdicts([replace(SHARE, **{"over_frozen": 9.0, **change})]) == []
 
 
 @pytest.mark.parametrize(("median_us", "kept"), [(7.12, True), (7.13, False)])
@@ -285,9 +291,9 @@ def test_a_kernel_is_held_to_its_bytes_at_four_fifths_of_a_copy_and_one_launch(m
     kernel = replace(
         SHARE, case="segmented_expand of o_proj, 16 adapters", moved_gib=0.016, median_us=median_us
     )
-    (verdict,) = serving.verdicts([kernel, copy])
+    (verdict,) = verdicts([kernel, copy])
     assert (verdict.limit, verdict.is_kept) == (7.12, kept)
-    assert serving.verdicts([kernel]) == []
+    assert verdicts([kernel]) == []
 
 
 @pytest.mark.parametrize(
@@ -302,22 +308,21 @@ def test_a_kernel_is_held_to_its_bytes_at_four_fifths_of_a_copy_and_one_launch(m
     ],
 )
 def test_mixed_ranks_and_launches_have_a_limit(change, kept):
-    (verdict,) = serving.verdicts([replace(SHARE, **change)])
+    (verdict,) = verdicts([replace(SHARE, **change)])
     assert verdict.is_kept is kept
 
 
 def test_all_that_serving_promises_is_timed():
-    sizes = serving.SIZES
-    assert sizes.models[0].name == serving.PROMISED_MODEL
-    for promised in serving.PROMISED.values():
-        assert {distinct for distinct, _ in sizes.decode} == set(promised)
-    assert sizes.distinct == tuple(serving.PREFILL)
-    assert sizes.prefill == (512, 8192)
-    assert serving.PROVIDERS[serving.LAUNCHES] in serving.VARIANTS
+    assert SIZES.models[0].name == PROMISED_MODEL
+    for promised in PROMISED.values():
+        assert {distinct for distinct, _ in SIZES.decode} == set(promised)
+    assert SIZES.distinct == tuple(PREFILL)
+    assert SIZES.prefill == (512, 8192)
+    assert PROVIDERS[LAUNCHES] in serving_steps.VARIANTS
 
 
 def test_launches_are_what_adapters_add_and_others_are_named(session, monkeypatch):
-    served = serving.Served(serving._tiny(), session.device, session.dtype, [(2, 16)])
+    served = Served(TINY, session.device, session.dtype, [(2, 16)])
     bare = collections.Counter({"gemm": 7})
     # The frozen products are no part of what adapters add, whoever computes them.
     ours = collections.Counter(
@@ -330,9 +335,9 @@ def test_launches_are_what_adapters_add_and_others_are_named(session, monkeypatc
         }
     )
     found = iter([bare, ours])
-    monkeypatch.setattr(serving, "launched", lambda step, device: next(found))
+    monkeypatch.setattr(serving_steps, "launched", lambda step, device: next(found))
     session.on_gpu = True
-    session.launches(served, served.load("adapter", 2, 16))
+    serving_steps.count_launches(session, served, served.load("adapter", 2, 16))
     assert {row.case: row.launches for row in session.rows} == {
         "launches of a decoder layer": 9,
         "launches for metadata": 1,
@@ -346,12 +351,12 @@ interpreted = pytest.mark.skipif(not plans.interpreting(), reason="it interprets
 @interpreted
 def test_serving_is_not_timed_where_it_is_wrong(session, monkeypatch):
     """Adapters are told after the capture: a graph that forgets them, or mixes them up."""
-    served = serving.Served(serving._tiny(), session.device, session.dtype, [(3, 16)])
+    served = Served(TINY, session.device, session.dtype, [(3, 16)])
     slots = served.load("adapter", 3, 16)
-    inputs, rows = served.inputs(4), serving.Rows(4, served.pool)
+    inputs, rows = served.inputs(4), Rows(4, served.pool)
     with fastlora.backend("fused"):
         step = session.capture(served.step(inputs, None, rows, rows), None)
-        requests = serving.in_turns(slots[:2], 4)
+        requests = in_turns(slots[:2], 4)
         assert session.checked(served, step, [(rows, requests)], inputs, {"case": "right"})
         # The last row has another adapter than it should, or none.
         for number, wrong in enumerate((slots[2], 0)):
@@ -369,7 +374,7 @@ def test_serving_is_not_timed_where_it_is_wrong(session, monkeypatch):
 
 
 def test_one_wrong_row_of_thousands_is_seen(session):
-    served = serving.Served(serving._tiny(), session.device, session.dtype, [(1, 16)])
+    served = Served(TINY, session.device, session.dtype, [(1, 16)])
     served.load("adapter", 1, 16)
     x = torch.randn(8192, 32).half()
     exact = torch.randn(8192, 48).double()

@@ -9,12 +9,20 @@ from __future__ import annotations
 from unittest import mock
 
 import pytest
-import serving
 import torch
 from kernel_cases import DTYPES, assert_kernel_as_accurate, doubles, randn
 from segment_cases import apply_adapters, make_adapters, store
-from served import path_of
-from serving import Captured, Rows, Served
+from served import (
+    Captured,
+    Rows,
+    Served,
+    in_turns,
+    is_own,
+    is_segmented,
+    launched,
+    path_of,
+    runs_of,
+)
 from test_gpu import CUDA, SMALL
 from test_kernels_paged_attention import make_batch
 
@@ -94,11 +102,11 @@ def batches_of(slots, tokens):
     one, *others = slots
     return {
         "one adapter": [(one, tokens)],
-        "all in turn": serving.in_turns(slots, tokens),
+        "all in turn": in_turns(slots, tokens),
         "none": [(0, tokens)],
-        "long runs": serving.runs_of([*others, 0][:tokens], tokens),
+        "long runs": runs_of([*others, 0][:tokens], tokens),
         "one row of many": [(0, tokens - 1), (one, 1)],
-        "with rows of the base": serving.in_turns([0, *others, one, 0], tokens),
+        "with rows of the base": in_turns([0, *others, one, 0], tokens),
     }
 
 
@@ -138,7 +146,7 @@ def test_without_adapters_every_bit_is_the_frozen_product_s():
 def test_a_replayed_graph_has_the_bits_of_an_eager_step(tokens):
     model, slots = small(5)
     step, rows, _, eager = captured(model, tokens)
-    rows.tell(serving.in_turns(slots, tokens))
+    rows.tell(in_turns(slots, tokens))
     results = []
     for _ in range(2):
         step.replay()
@@ -161,7 +169,7 @@ def test_shrinks_beside_the_frozen_products_change_no_bit(tokens, monkeypatch):
     for overlaps in (False, True):
         with mock.patch.object(segmented_ops, "OVERLAPS", overlaps):
             step, rows, inputs, eager = captured(model, tokens)
-        rows.tell(serving.in_turns(slots, tokens))
+        rows.tell(in_turns(slots, tokens))
         runs[overlaps] = step, inputs, eager
     (plain, x, _), (beside, other_x, eager) = runs.values()
     for _ in range(30):
@@ -183,7 +191,7 @@ def test_an_adapter_that_is_loaded_later_is_served_by_the_same_graph():
     model, slots = small(4)
     step, rows, inputs, _ = captured(model, 64)
     for late in (model.load("late", 1, 16), slots):
-        requests = serving.in_turns([*late, slots[0]], 64)
+        requests = in_turns([*late, slots[0]], 64)
         rows.tell(requests)
         step.replay()
         torch.cuda.synchronize()
@@ -194,7 +202,7 @@ def test_an_adapter_that_is_loaded_later_is_served_by_the_same_graph():
 def test_nothing_waits_for_the_device(tokens):
     model, slots = small(4)
     inputs, rows = model.inputs(tokens), Rows(tokens, model.pool)
-    rows.tell(serving.in_turns(slots, tokens))
+    rows.tell(in_turns(slots, tokens))
     step = model.step(inputs, inputs[0], rows, rows)
     step()  # compiles
     torch.cuda.synchronize()
@@ -211,13 +219,13 @@ def test_a_layer_takes_eight_launches_and_none_for_metadata(tokens, monkeypatch)
     plans.forget_measurements()  # what earlier tests prepared goes on poisoning its results
     model, slots = small(4)
     inputs, rows = model.inputs(tokens), Rows(tokens, model.pool)
-    rows.tell(serving.in_turns(slots, tokens))
-    ours = serving.launched(model.step(inputs, None, rows, rows), CUDA)
-    bare = serving.launched(model.step(inputs, None, None, None), CUDA)
+    rows.tell(in_turns(slots, tokens))
+    ours = launched(model.step(inputs, None, rows, rows), CUDA)
+    bare = launched(model.step(inputs, None, None, None), CUDA)
     # A step that generates has frozen products of its own, on Hopper's.
-    others = [name for name in ours - bare if not serving.is_own(name)]
+    others = [name for name in ours - bare if not is_own(name)]
     assert not others, ours
-    assert sum(n for name, n in ours.items() if serving.is_segmented(name)) == 8 * LAYERS, ours
+    assert sum(n for name, n in ours.items() if is_segmented(name)) == 8 * LAYERS, ours
     if tokens <= segmented_ops.DECODE_GEMM_ROWS:
         products = [n for name, n in ours.items() if name.startswith("_decode_gemm_kernel")]
         assert products == [4 * LAYERS], ours
@@ -226,7 +234,7 @@ def test_a_layer_takes_eight_launches_and_none_for_metadata(tokens, monkeypatch)
 def test_results_do_not_depend_on_the_stream():
     model, slots = small(4)
     inputs, rows = model.inputs(64), Rows(64, model.pool)
-    rows.tell(serving.in_turns(slots, 64))
+    rows.tell(in_turns(slots, 64))
     step = model.step(inputs, inputs[0], rows, rows)
     results = []
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
@@ -244,7 +252,7 @@ def test_layers_of_a_real_model_are_right_with_64_adapters():
     slots = model.load("adapter", 64, 16)
     for tokens in (16, 64, 256, 2048):
         step, rows, inputs, _ = captured(model, tokens)
-        requests = serving.in_turns(slots, tokens)
+        requests = in_turns(slots, tokens)
         rows.tell(requests)
         step.replay()
         torch.cuda.synchronize()
@@ -413,7 +421,7 @@ def test_a_captured_step_has_its_time_measured_in_turn_with_the_base_s():
     """The measuring itself: shares above 1 would mean that something was not run."""
     model, slots = small(4)
     step, rows, inputs, _ = captured(model, 64)
-    rows.tell(serving.in_turns(slots, 64))
+    rows.tell(in_turns(slots, 64))
     bare = Captured(model.step(inputs, inputs[0], None, None), CUDA, None)
     steps = {"frozen": bare.replay, "fastlora": step.replay}
     timings = measuring.in_rounds(steps, CUDA, rounds=5, turns=5)

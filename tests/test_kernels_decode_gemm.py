@@ -7,13 +7,13 @@ from functools import partial
 from unittest import mock
 
 import pytest
-import serving
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, HALVES, assert_kernel_as_accurate, padded_rows, randn
 from segment_cases import NONE, Case, watch_fused
-from served import Captured, Served, in_turns, path_of
+from served import Captured, Rows, Served, in_turns, path_of
+from serving_session import TINY
 from test_kernels_segmented_gemm import Batch
 from torch.nn import functional
 
@@ -236,9 +236,9 @@ def test_a_cpu_is_not_asked_for_every_layer(monkeypatch):
     # Of a weight at a time, far into the question.
     monkeypatch.setattr(segmented_ops, "are_aligned", lambda *_: pytest.fail("it was asked"))
     cpu = torch.device("cpu")
-    model = Served(serving._tiny(), cpu, torch.float32, [(2, 8)])
+    model = Served(TINY, cpu, torch.float32, [(2, 8)])
     slots = model.load("adapter", 2, 8)
-    inputs, rows = model.inputs(4), serving.Rows(4, model.pool)
+    inputs, rows = model.inputs(4), Rows(4, model.pool)
     rows.tell(in_turns(slots, 4))
     assert len(model.step(inputs, None, rows, rows)()) == 7
 
@@ -255,10 +255,10 @@ def test_biases_that_are_no_plain_vectors_are_for_torch():
 @pytest.mark.usefixtures("fused")
 def test_linears_of_a_model_take_it(monkeypatch):
     calls = watch_fused(monkeypatch)
-    model = Served(serving._tiny(), DEVICE, FP16, [(3, 8)])
+    model = Served(TINY, DEVICE, FP16, [(3, 8)])
     slots = model.load("adapter", 3, 8)
     for count in (4, 20):
-        inputs, rows = model.inputs(count), serving.Rows(count, model.pool)
+        inputs, rows = model.inputs(count), Rows(count, model.pool)
         requests = in_turns([*slots, 0], count)
         rows.tell(requests)
         assert model.check(model.step(inputs, None, rows, rows)(), inputs, requests) <= 1
@@ -275,12 +275,12 @@ def test_groups_that_no_adapter_has_targeted_have_the_product_alone(monkeypatch)
         "linears_with_adapters",
         lambda *args, **named: shrinks.append(len(args[1])) or with_them(*args, **named),
     )
-    model = Served(serving._tiny(), DEVICE, FP16, [(2, 8)])
+    model = Served(TINY, DEVICE, FP16, [(2, 8)])
     slots = model.load("adapter", 2, 8)
     first = {names: groups[0].first for names, groups in model.groups.items()}
     q_k_v = ("q_proj", "k_proj", "v_proj")
     model.pool.reach = Reach(16, frozenset({first[q_k_v]}))
-    inputs, rows = model.inputs(5), serving.Rows(5, model.pool)
+    inputs, rows = model.inputs(5), Rows(5, model.pool)
     rows.tell(in_turns(slots, 5))
     ys = dict(zip(model.model.linears, model.step(inputs, None, rows, rows)(), strict=True))
     by_input = dict(zip(GROUPS.values(), inputs, strict=True))

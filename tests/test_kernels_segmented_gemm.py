@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import serving
 import torch
 from accuracy import assert_as_accurate
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +21,8 @@ from segment_cases import (
     store,
     watch_fused,
 )
-from served import Captured, Served, runs_of
+from served import Captured, Rows, Served, runs_of
+from serving_session import TINY
 from torch.nn import functional
 
 import fastlora
@@ -376,9 +376,9 @@ def test_what_is_not_a_prefill_of_plain_halves_is_not_fused(monkeypatch):
 @pytest.mark.usefixtures("fused")
 def test_linears_of_a_model_are_fused_and_right(monkeypatch):
     calls = watch_fused(monkeypatch)
-    model = Served(serving._tiny(), DEVICE, FP16, [(3, 8)])
+    model = Served(TINY, DEVICE, FP16, [(3, 8)])
     slots = model.load("adapter", 3, 8)
-    inputs, rows = model.inputs(40), serving.Rows(40, model.pool)
+    inputs, rows = model.inputs(40), Rows(40, model.pool)
     requests = runs_of([*slots, 0], 40)
     rows.tell(requests)
     assert model.check(model.step(inputs, None, rows, rows)(), inputs, requests) <= 1

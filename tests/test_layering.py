@@ -65,7 +65,8 @@ INSIDE = {
         *("errors", "adapter", "config", "weights", "checks", "live", "files", "pages", "pool"),
     ],
     "serving": [
-        *("sampling", "attention", "linears", "requests", "manager", "batching", "engine", "chat"),
+        *("penalties", "sampling", "attention", "linears", "requests", "manager", "batching"),
+        *("loading", "options", "rows", "engine", "chat"),
     ],
 }
 FOLDERS = sorted((folder, module) for folder, modules in INSIDE.items() for module in modules)

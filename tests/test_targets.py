@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import targets
+from kernel_calls import Case
+from machine_code import GEMM_KERNEL as GEMM
+from machine_code import INSTRUCTIONS, TARGETS, Report
 
 SCRIPT = Path(targets.__file__)
-GEMM = targets.GEMM_KERNEL
 
 # One process compiles for all of them: about 20 s.
 
@@ -65,9 +67,9 @@ def defaults(result: dict) -> list[dict]:
 
 def test_default_tiles_have_no_problem_on_any_target(result, defaults):
     assert [problem for problem in result["problems"] if " hopper " not in problem] == []
-    assert {report["target"] for report in defaults} == {t.name for t in targets.TARGETS}
+    assert {report["target"] for report in defaults} == {t.name for t in TARGETS}
     kernels = {(report["target"], report["kernel"]) for report in defaults}
-    for target in targets.TARGETS:
+    for target in TARGETS:
         for kernel in ("_shrink_kernel", GEMM, "_output_pass_kernel", "_add_partials_kernel"):
             assert (target.name, kernel) in kernels
     segmented = ("segmented_shrink", "segmented_expand", "segmented_gemm", "decode_gemm")
@@ -142,7 +144,7 @@ def test_too_large_tile_is_reported_and_fails_the_run(run, result):
     assert run.stdout.endswith(f"1 problems\n{problem}\n")
 
 
-def report(**changes) -> targets.Report:
+def report(**changes) -> Report:
     fields = {
         "target": "sm_90",
         "case": "made up",
@@ -155,7 +157,7 @@ def report(**changes) -> targets.Report:
         "instructions": {"wgmma": 4, "TMA load": 2},
         "expected": ("wgmma", "TMA load"),
     }
-    return targets.Report(**{**fields, **changes})
+    return Report(**{**fields, **changes})
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ LINES = [
 
 @pytest.mark.parametrize(("name", "line"), LINES, ids=[name for name, _ in LINES])
 def test_an_instruction_counts_as_itself_alone(name, line):
-    found = [key for key, words in targets.INSTRUCTIONS.items() if re.search(words, line)]
+    found = [key for key, words in INSTRUCTIONS.items() if re.search(words, line)]
     assert found == [name]
 
 
@@ -221,13 +223,13 @@ def test_unknown_target_is_refused(capsys):
 
 
 def test_kernel_that_does_not_compile_is_a_problem(monkeypatch):
-    def fail(case, kind):
+    def fail(case, operation, mask):
         raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(targets, "_LAUNCH", {"shrink": fail})
+    monkeypatch.setattr(targets, "call_launcher", fail)
     monkeypatch.setattr(targets.driver, "set_active", lambda driver: None)
-    case = targets.Case("made up", operations=("shrink",), masks=("seed",))
-    reports, problems = targets.compile_cases(targets.TARGETS[2], [case])
+    case = Case("made up", operations=("shrink",), masks=("seed",))
+    reports, problems = targets.compile_cases(TARGETS[2], [case])
     assert reports == []
     assert problems == [
         "sm_90 made up, shrink seed: does not compile: RuntimeError('PassManager::run failed')"
