@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fastlora", description="LoRA training of peft models on fused kernels."
+        prog="fastlora",
+        description="LoRA of peft models: trained on fused kernels, and served many at once.",
     )
     parser.add_argument("--version", action="version", version=f"fastlora {fastlora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

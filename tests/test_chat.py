@@ -298,8 +298,9 @@ def test_help_names_every_command(chat):
         assert any(line.startswith(f"/{name} {takes}".rstrip()) and does in line for line in lines)
 
 
-def test_quit_ends_the_chat_before_the_end_of_file(chat, submitted):
-    found = chat("hello", "/quit", "why")
+@pytest.mark.parametrize("word", ["/quit", "/exit"])
+def test_quit_ends_the_chat_before_the_end_of_file(chat, submitted, word):
+    found = chat("hello", word, "why")
     assert (found.status, len(submitted)) == (0, 1)
 
 

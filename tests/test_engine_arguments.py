@@ -7,7 +7,10 @@ import small_engines
 import torch
 from serving_models import NAMES, ask, engine_of, served_model
 from small_engines import TOKENIZER, WORDS, make, prompt_of
+from transformers import BatchEncoding
 
+import fastlora
+from fastlora.serving import engine
 from fastlora.serving.requests import Result
 
 judge = small_engines.judge
@@ -53,6 +56,67 @@ def test_a_result_says_all(shared, judge):
     )
 
 
+def test_what_a_tokenizer_returns_is_prompts(shared, judge):
+    """Without its padding, on either side."""
+    texts = ["hi", "hello there"]
+    rows = [TOKENIZER(text)["input_ids"] for text in texts]
+    expected = [judge.answer(tokens, "all-4", 4) for tokens in rows]
+    pads = [0] * (len(rows[1]) - len(rows[0]))
+    for padded, mask in (
+        ([*rows[0], *pads], [1] * len(rows[0]) + pads),
+        ([*pads, *rows[0]], pads + [1] * len(rows[0])),
+    ):
+        ids = torch.tensor([padded, rows[1]])
+        masks = torch.tensor([mask, [1] * len(rows[1])])
+        encoded = BatchEncoding({"input_ids": ids, "attention_mask": masks})
+        assert ask(shared, encoded, "all-4", 4) == expected
+    for prompts in (
+        TOKENIZER(texts),
+        [TOKENIZER(text) for text in texts],
+        {"input_ids": rows},
+    ):
+        assert ask(shared, prompts, "all-4", 4) == expected
+    assert ask(shared, TOKENIZER(texts[0]), "all-4", 4) == expected[:1]
+
+
+def test_one_message_is_a_chat(shared):
+    message = {"role": "user", "content": "hi"}
+    assert ask(shared, message, "all-4", 4) == ask(shared, [message], "all-4", 4)
+
+
+def test_the_chat_template_is_told_what_is_given_for_it(shared, judge):
+    messages = [{"role": "user", "content": "hi"}]
+    told = TOKENIZER.apply_chat_template(
+        messages, add_generation_prompt=False, tokenize=True, return_dict=True
+    )["input_ids"]
+    found = ask(shared, messages, "all-4", 4, chat_template_kwargs={"add_generation_prompt": False})
+    assert found == [judge.answer(told, "all-4", 4)]
+
+
+def test_what_others_do_with_the_tokenizer_changes_no_prompt(shared, judge):
+    """Fast tokenizers keep truncation and padding of whoever called last, in any thread."""
+    text = "a text of some length"
+    expected = judge.answer(TOKENIZER(text)["input_ids"], None, 3)
+    encode = TOKENIZER._tokenizer.encode_batch
+    ask(shared, [text], None, 1)  # the copy is made
+
+    assert shared._reader._encoder._copied[0] is TOKENIZER
+    copied = shared._reader._encoder._copied[1]
+    assert copied._tokenizer is not TOKENIZER._tokenizer
+    TOKENIZER._tokenizer.enable_truncation(3)
+    try:
+        assert len(encode([text])[0].ids) == 3
+        assert len(copied._tokenizer.encode(text).ids) > 3
+        assert ask(shared, [text], None, 3) == [expected]
+    finally:
+        TOKENIZER._tokenizer.no_truncation()
+
+
+def test_the_prompt_that_is_wrong_is_named(shared):
+    with pytest.raises(ValueError, match=r"of prompt 2 \(the first is 0\): a prompt has no tokens"):
+        shared.generate([prompt_of(3), prompt_of(3), []])
+
+
 def test_no_prompts_no_results(shared):
     assert shared.generate([]) == []
     assert shared.generate([], []) == []
@@ -67,7 +131,8 @@ def test_no_prompts_no_results(shared):
         ([-1], "a prompt has the token -1"),
         ([1.5, 2.0], "a prompt is a string, a list of token ids or .* not \\[1.5, 2.0\\]"),
         (None, "a prompt is a string, .* not None"),
-        ({"role": "user"}, "a prompt is a string, .* not {'role'"),
+        ({"role": "user"}, "a prompt is a string, .* not a mapping with 'role'"),
+        ({"text": [[1]]}, "a prompt is a string, .* not a mapping with 'text'"),
         (list(range(200)) * 3, "has 600 tokens, and the model's longest sequence 512"),
     ],
 )
@@ -89,6 +154,17 @@ def test_without_a_tokenizer_prompts_are_tokens(judge):
 
 
 # Adapters.
+
+
+def test_one_prompt_is_answered_by_several_adapters(shared, judge):
+    prompt, names = prompt_of(5), ["all-4", None, "rs-8"]
+    assert ask(shared, prompt, names, 6) == judge.answers([prompt] * 3, names, 6)
+
+
+@pytest.mark.parametrize("adapter", [3, {"all-4": 1}, ["all-4", 3]])
+def test_what_is_no_name_is_refused(adapter, shared):
+    with pytest.raises(TypeError, match="an adapter is a name, None, or one of these for each"):
+        shared.generate([prompt_of(3)] * 2, adapter)
 
 
 def test_one_adapter_for_all_or_one_for_each(shared, judge):
@@ -166,6 +242,19 @@ def test_defaults_are_those_of_the_model(judge):
         assert len(set(map(tuple, sampled))) == 4
 
 
+def test_who_says_how_to_sample_samples(shared, judge):
+    """As with vLLM's and SGLang's engines; and otherwise with generate's defaults."""
+    prompt = prompt_of(5)
+    greedy = judge.answer(prompt, "all-4", 9)
+    for options in ({"temperature": 5.0}, {"top_k": 40}, {"top_p": 0.999}, {"min_p": 1e-4}):
+        found = ask(shared, [prompt] * 4, "all-4", 9, do_sample=None, **options)
+        assert len(set(map(tuple, found))) > 1, options
+    assert ask(shared, [prompt], "all-4", 9, do_sample=None, temperature=0.0) == [greedy]
+    assert ask(shared, [prompt], "all-4", 9, do_sample=False, temperature=5.0) == [greedy]
+    options = shared._reader.read(prompt, {"do_sample": True}, None)
+    assert options.sampling["top_k"] == 50
+
+
 def test_how_long_answers_are(judge):
     with make(judge, num_blocks=30) as engine:
         options = {"ignore_eos": True, "do_sample": False}
@@ -186,6 +275,11 @@ def test_how_long_answers_are(judge):
     [
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be positive, got 0"),
         ({"num_return_sequences": 0}, ValueError, "num_return_sequences must be positive, got 0"),
+        ({"max_new_tokens": 2.5}, ValueError, "max_new_tokens is a whole number, not 2.5"),
+        ({"max_new_tokens": [2, 3]}, ValueError, r"is a whole number, not \[2, 3\]"),
+        ({"max_new_tokens": True}, ValueError, "max_new_tokens is a whole number, not True"),
+        ({"eos_token_id": "x"}, ValueError, "eos_token_id is a token id or a list of them"),
+        ({"eos_token_id": 1.5}, ValueError, "eos_token_id is a token id or a list of them"),
         ({"temperature": -1.0}, ValueError, "temperature must be 0 or more, got -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature must be 0 or more, got nan"),
         ({"temperature": float("inf")}, ValueError, "temperature must be 0 or more, got inf"),
@@ -210,3 +304,24 @@ def test_settings_that_are_not_computed_are_told(judge):
     model.generation_config.no_repeat_ngram_size = 3
     with pytest.warns(UserWarning, match="asks for no_repeat_ngram_size=3, which the engine does"):
         engine_of(model).close()
+
+
+@pytest.mark.parametrize("adapters", [["a"], "a", 3])
+def test_adapters_that_are_no_mapping_are_refused(adapters):
+    with pytest.raises(TypeError, match="adapters maps names to folders or hub ids, not"):
+        fastlora.Engine("no-such-model", adapters)
+
+
+def test_what_does_not_generate_is_refused():
+    for model in (torch.nn.Linear(2, 2), served_model().model):
+        with pytest.raises(ValueError, match="does not generate: a language model of transformers"):
+            fastlora.Engine(model)
+    for dtype in ("bf16", "nn"):
+        with pytest.raises(ValueError, match=f"dtype is one of torch's, .* not '{dtype}'"):
+            fastlora.Engine(served_model(), dtype=dtype)
+
+
+def test_a_second_engine_is_refused_before_anything_is_made(shared, monkeypatch):
+    monkeypatch.setattr(engine, "AdapterPool", lambda *args, **named: pytest.fail("it was made"))
+    with pytest.raises(ValueError, match="another engine runs on this model"):
+        fastlora.Engine(shared.model)

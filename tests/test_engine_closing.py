@@ -77,10 +77,10 @@ def test_a_request_that_comes_when_the_engine_dies_ends(judge):
         manager = engine._running()
         put = manager.input_queue.put
 
-        def late(state):
+        def late(state, timeout):
             manager.background_thread_status.request_stop(2, 0)
             manager._generation_thread.join(PATIENCE)
-            put(state)
+            put(state, timeout=timeout)
 
         manager.input_queue.put = late
         with pytest.raises(RuntimeError, match="The background thread is stopping"):
@@ -121,6 +121,35 @@ def test_whoever_calls_the_model_beside_the_engine_gets_the_base(judge):
         assert torch.equal(model(ids).logits, before)
         assert repr(model.model.layers[0].self_attn.q_proj).startswith("Linear(in_features=32,")
         assert set(model.state_dict()) == set(served_model(**WORDS).state_dict())
+
+
+def test_forwards_of_others_take_turns_with_the_engine_s(judge):
+    """transformers changes the model's config for as long as one runs."""
+    model = served_model(**WORDS)
+    ids = torch.tensor([prompt_of(9)])
+    model.config.is_causal = True
+    before, config = model(ids).logits, model.config.to_dict()
+    with engine_of(model, judge.folders) as engine:
+        request = engine.submit(prompt_of(5), "all-4", **LONG)
+        calls = 0
+        while not request.is_over:
+            assert torch.equal(model(ids).logits, before)
+            calls += 1
+        assert calls > 3
+        assert request.result().token_ids == judge.answer(prompt_of(5), "all-4", 400)
+    assert model.config.to_dict() == config
+
+
+def test_who_waits_for_an_adapter_when_the_engine_has_died_is_told(judge):
+    with one_at_a_time(judge, "rs-8", "all-4") as engine:
+        manager = engine._running()
+        held = engine.adapters.lease("rs-8")
+        assert engine.adapters.make_ready(held)
+        manager.background_thread_status.request_stop(2, 0)
+        manager._generation_thread.join(PATIENCE)
+        waits = engine.submit(prompt_of(5), "all-4", **LONG)
+    assert waits.result(PATIENCE).finish_reason == "cancelled"
+    engine.adapters.give_back(held)
 
 
 def test_closing_cancels_what_runs_and_what_waits(judge):

@@ -98,9 +98,35 @@ def _request(sequences: int = 1) -> Request:
         sequences=sequences,
         _lease=None,
         _eos=frozenset(),
+        _stops=None,
         _decode=TOKENIZER.decode,
-        _cancel=lambda request: None,
+        _cancel=lambda request, names: None,
     )
+
+
+def test_a_stream_whose_engine_ends_says_so(judge):
+    """What has come by then is not taken for the whole answer."""
+    for kill, message in (
+        (lambda engine: engine.close(), "the engine was closed before the answer was complete"),
+        (fail_the_next_batch, "it is broken"),
+    ):
+        engine = make(judge)
+        request = engine.submit(prompt_of(5), "all-4", stream=True, **LONG)
+        pieces = iter(request)
+        next(pieces)
+        kill(engine)
+        with pytest.raises(RuntimeError, match=message):
+            list(pieces)
+        with pytest.raises(RuntimeError, match=message):
+            list(request)
+        engine.close()
+
+
+def fail_the_next_batch(engine: Any) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("it is broken")
+
+    engine._manager.batch_processor.model_runner.compute_batch = fail
 
 
 def test_one_answer_can_be_streamed(shared):

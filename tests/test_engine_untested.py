@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import small_engines
-from serving_models import PATIENCE, ask, engine_of, served_model
+from serving_models import PATIENCE, Judge, ask, engine_of, prompts_of, served_model
 from small_engines import LONG, TOKENIZER, WORDS, make, one_at_a_time, prompt_of, until
 from torch import nn
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -142,6 +142,20 @@ def test_without_continuous_batching_closing_does_not_wait_for_all(judge, untest
         assert not each.is_alive()
     assert [result.finish_reason for result in results] == ["length", "cancelled"]
     assert type(engine.model.lm_head) is nn.Linear
+
+
+def test_layers_that_cannot_be_batched_continuously_are_generated_in_rows(tmp_path, monkeypatch):
+    """Those with a state instead of keys and values, as in Qwen3-Next and 3.5."""
+    monkeypatch.setattr(engine_module, "_warned", set())
+    specs = {"all": {"r": 4, "target_modules": ["q_proj", "in_proj_qkvz", "out_proj"]}}
+    judge = Judge(tmp_path, specs, "qwen3-next")
+    reason = r"Qwen3NextForCausalLM has layers \(linear_attention\) that cannot be batched"
+    prompts, names = prompts_of(5, 9, 5), ["all", None, "all"]
+    with engine_of(served_model("qwen3-next"), judge.folders) as engine:
+        with pytest.warns(UserWarning, match=reason):
+            assert ask(engine, prompts, names, 6) == judge.answers(prompts, names, 6)
+        with pytest.raises(RuntimeError, match=f"{reason}.*generate.* works without"):
+            engine.submit(prompts[0])
 
 
 def test_the_warning_is_given_once(judge, untested, monkeypatch):

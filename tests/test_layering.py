@@ -39,6 +39,7 @@ ORDER = [
     "bench",
     "doctor",
     "cli",
+    "__main__",
 ]
 # The same inside each folder.
 INSIDE = {
@@ -65,8 +66,8 @@ INSIDE = {
         *("errors", "adapter", "config", "weights", "checks", "live", "files", "pages", "pool"),
     ],
     "serving": [
-        *("penalties", "sampling", "attention", "linears", "requests", "manager", "batching"),
-        *("loading", "options", "rows", "engine", "chat"),
+        *("penalties", "sampling", "attention", "linears", "stops", "requests", "manager"),
+        *("batching", "loading", "prompts", "options", "rows", "engine", "chat"),
     ],
 }
 FOLDERS = sorted((folder, module) for folder, modules in INSIDE.items() for module in modules)

@@ -19,6 +19,7 @@ from fastlora.adapters.pool import AdapterPool
 from fastlora.serving import attention
 from fastlora.serving.requests import OpenRequests
 
+_LAYERS = {"full_attention", "sliding_attention"}
 TESTED = "5.23"  # of transformers: any 5.23.x
 
 
@@ -34,6 +35,18 @@ def unsupported_reason() -> str | None:
         changed = [str(error)]
     if changed:
         return f"transformers {transformers.__version__} is not as it was: {'; '.join(changed)}"
+    return None
+
+
+def unsupported_model(model: Any) -> str | None:
+    """Return why continuous batching cannot run a model, or ``None`` if it can."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+    name = type(model).__name__
+    if kinds:
+        return f"{name} has layers ({', '.join(sorted(kinds))}) that cannot be batched continuously"
+    if not getattr(config, "num_attention_heads", None):
+        return f"{name} has no attention, and cannot be batched continuously"
     return None
 
 

@@ -70,7 +70,7 @@ class Chat:
         if not self._has_template:
             _tell(f"the model has no chat template: it reads plain turns, {_USER} and {_ASSISTANT}")
         for line in map(str.strip, lines):
-            if line == "/quit":
+            if line in ("/quit", "/exit"):
                 return
             try:
                 if line.startswith("/"):
@@ -211,6 +211,8 @@ def run(options: argparse.Namespace) -> int:
     with engine:
         if engine.tokenizer is None:
             raise ValueError(f"{options.model} has no tokenizer that transformers can load")
+        if reason := batching.unsupported_model(engine.model):
+            raise RuntimeError(f"{reason}: a chat streams, which needs that")
         for name in itertools.islice(adapters, 1):
             engine.adapters.activate(name)
         chat = Chat(engine, options.system, **generation)

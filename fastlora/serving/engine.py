@@ -25,16 +25,18 @@ from torch import nn
 
 from fastlora.adapters.pool import AdapterPool, Lease
 from fastlora.serving import batching as hooks
-from fastlora.serving.linears import attach, detach
+from fastlora.serving.linears import attach, detach, refuse_attached
 from fastlora.serving.loading import (
     batching_config,
     load_model,
     needs_paged_attention,
     tokenizer_of,
 )
-from fastlora.serving.options import Options, OptionsReader, as_prompts
+from fastlora.serving.options import Options, OptionsReader
+from fastlora.serving.prompts import as_prompts
 from fastlora.serving.requests import OpenRequests, Request, Result
 from fastlora.serving.rows import RowsGenerator
+from fastlora.serving.stops import StopStrings
 
 
 class _Active:
@@ -86,7 +88,10 @@ class Engine:
         tokenizer: Any = None,
         batching: Any = None,
     ) -> None:
+        if adapters is not None and not isinstance(adapters, Mapping):
+            raise TypeError(f"adapters maps names to folders or hub ids, not {adapters!r:.100}")
         self.model: Any = load_model(model, device, dtype)
+        refuse_attached(self.model)
         self.tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model, self.model)
         self.adapters = AdapterPool(self.model, memory=adapter_memory)
         for name, source in (adapters or {}).items():
@@ -121,14 +126,19 @@ class Engine:
         Args:
             prompts: each a string, a list of token ids, or a list of chat messages
                 (``{"role": ..., "content": ...}``), which the chat template of the tokenizer makes
-                a prompt of. One prompt alone will do.
-            adapter: a name for all prompts, or one for each; ``None`` is the base model. Where it
-                is left out, the adapter that ``engine.adapters.activate`` named, or the base.
+                a prompt of; or what a tokenizer returned, whose padding is taken off. One prompt
+                alone will do.
+            adapter: a name for all prompts, or one for each; ``None`` is the base model. One prompt
+                may have several: it is answered by each of them. Where it is left out, the adapter
+                that ``engine.adapters.activate`` named, or the base.
             progress: show a progress bar on a terminal.
             **generation: of ``transformers.GenerationConfig``: ``max_new_tokens``, ``do_sample``,
                 ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
-                ``eos_token_id``, ``num_return_sequences``; and ``ignore_eos``. By default what the
-                model's own ``generation_config`` says, and 256 tokens where it says nothing.
+                ``stop_strings`` (an answer keeps the one that it came to), ``eos_token_id``,
+                ``num_return_sequences``; and ``ignore_eos``, and ``chat_template_kwargs`` (a
+                mapping, such as ``{"enable_thinking": False}``). By default what the model's own
+                ``generation_config`` says, and 256 tokens where it says nothing. Whoever gives a
+                ``temperature``, ``top_k``, ``top_p`` or ``min_p`` samples.
 
         Returns:
             A result for each prompt, in their order (``num_return_sequences`` for each). What went
@@ -140,9 +150,11 @@ class Engine:
             TypeError: there is no such option.
         """
         asked = as_prompts(prompts)
+        if len(asked) == 1 and not _is_one(adapter) and isinstance(adapter, Sequence):
+            asked *= len(adapter)
         names = self._names(adapter, len(asked))
-        options = [self._reader.read(prompt, generation, self.tokenizer) for prompt in asked]
-        if reason := hooks.unsupported_reason():
+        options = [self._read(prompt, generation, i) for i, prompt in enumerate(asked)]
+        if reason := self._unsupported_reason:
             _warn_once(reason)
             return self._in_rows.generate(options, names, self._decode, progress=progress)
         requests = self._begin(options, names)
@@ -176,8 +188,6 @@ class Engine:
             yield from request
         finally:
             request.cancel()
-        if (error := request.result().error) is not None:
-            raise RuntimeError(error)
 
     def submit(
         self, prompt: Any, adapter: Adapter = ACTIVE, *, stream: bool = False, **generation: Any
@@ -200,13 +210,13 @@ class Engine:
             ValueError: the prompt or an option cannot be used.
             TypeError: there is no such option.
         """
-        if reason := hooks.unsupported_reason():
+        if reason := self._unsupported_reason:
             raise RuntimeError(
-                f"{reason}: streaming needs transformers {hooks.TESTED}.x (generate() works "
-                "without)"
+                f"{reason}: streaming needs transformers {hooks.TESTED}.x, and attention in every "
+                "layer (generate() works without)"
             )
         names = self._names(adapter, 1)
-        options = self._reader.read(prompt, generation, self.tokenizer)
+        options = self._read(prompt, generation)
         if stream and options.sequences > 1:
             raise ValueError(f"one answer can be streamed, not {options.sequences}")
         (request,) = self._begin([options], names, stream=stream)
@@ -224,6 +234,8 @@ class Engine:
             if manager is not None:
                 manager.close()
         finally:
+            # Also what nobody else ends: those that waited for an adapter when the manager died.
+            self._requests.on_stop("the engine is closed")
             self._in_rows.close()
             for hook in self._hooks:
                 hook.remove()
@@ -257,8 +269,24 @@ class Engine:
 
     # A request from its prompt to the queue.
 
+    @property
+    def _unsupported_reason(self) -> str | None:
+        return hooks.unsupported_reason() or hooks.unsupported_model(self.model)
+
+    def _read(self, prompt: Any, generation: Mapping[str, Any], number: int = 0) -> Options:
+        try:
+            return self._reader.read(prompt, generation, self.tokenizer)
+        except ValueError as error:
+            if not number:
+                raise
+            raise ValueError(f"of prompt {number} (the first is 0): {error}") from error
+
     def _names(self, adapter: Adapter | Sequence[Adapter], count: int) -> list[str | None]:
-        each = [adapter] * count if _is_one(adapter) else list(adapter)  # type: ignore[arg-type]
+        each = [adapter] * count if _is_one(adapter) else adapter
+        if not isinstance(each, Sequence) or not all(map(_is_one, each)):
+            raise TypeError(
+                f"an adapter is a name, None, or one of these for each prompt, not {adapter!r:.100}"
+            )
         if len(each) != count:
             raise ValueError(f"{len(each)} adapters were named for {count} prompts")
         return [self.adapters.active if name is ACTIVE else name for name in each]  # type: ignore[misc]
@@ -282,6 +310,7 @@ class Engine:
                     sequences=each.sequences,
                     _lease=lease,
                     _eos=frozenset(each.eos),
+                    _stops=StopStrings(each.stop, self._decode) if each.stop else None,
                     _decode=self._decode,
                     _cancel=self._cancel,
                 )
@@ -311,16 +340,16 @@ class Engine:
             tokens=options.tokens,
             max_new_tokens=new_tokens,
             eos_token_id=options.eos,
-            streaming=stream,
+            streaming=stream or bool(options.stop),
             sequences=options.sequences,
             sampling=options.sampling,
         )
 
-    def _cancel(self, request: Request) -> None:
+    def _cancel(self, request: Request, names: Sequence[str]) -> None:
         if request.is_over or self._requests.withdraw(request):
             return
         if (manager := self._manager) is not None:
-            for name in request.names:
+            for name in names:
                 manager.cancel_request(name)
 
     def _decode(self, tokens: list[int]) -> str:

@@ -116,6 +116,9 @@ class Routing:
     def __init__(self, pool: AdapterPool) -> None:
         self.pool = pool
         self._local = threading.local()
+        # transformers writes is_causal into the model's config for as long as a forward runs: of
+        # two that overlap the later end would leave what the other one wrote, for ever.
+        self._forward = threading.RLock()
 
     @property
     def current(self) -> Batch | None:
@@ -147,12 +150,14 @@ class Routing:
 
     def enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Begin the batch that the model's forward is handed, or go on with this thread's."""
+        self._forward.acquire()
         self.begin(kwargs.pop(BATCH, self.current))
         return args, kwargs
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         """End the batch of the model's forward."""
         self.end()
+        self._forward.release()
 
     def with_adapters(
         self,
@@ -291,6 +296,12 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def refuse_attached(model: nn.Module) -> None:
+    """Raise a ``ValueError`` if the linears of a model are routed already."""
+    if any("fastlora_siblings" in module.__dict__ for module in model.modules()):
+        raise ValueError("another engine runs on this model: close that one first")
+
+
 def attach(model: nn.Module, pool: AdapterPool) -> Routing:
     """Route a model's linears through a pool, until ``detach``.
 
@@ -308,10 +319,9 @@ def attach(model: nn.Module, pool: AdapterPool) -> Routing:
     Raises:
         ValueError: another engine has the model already.
     """
+    refuse_attached(model)
     routing = Routing(pool)
     modules = dict(model.named_modules())
-    if any("fastlora_siblings" in module.__dict__ for module in modules.values()):
-        raise ValueError("another engine runs on this model: close that one first")
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     for group in pool.groups:

@@ -26,7 +26,15 @@ def load_model(model: Any, device: Any, dtype: Any) -> Any:
         model: one, a hub id or a folder.
         device: by default a GPU if there is one, or where a loaded model is.
         dtype: by default the checkpoint's, or a loaded model's.
+
+    Raises:
+        ValueError: there is no such dtype, or the model does not generate.
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f'dtype is one of torch\'s, such as "bfloat16", not {dtype!r}')
+        dtype = found
     if not isinstance(model, nn.Module):
         from transformers import AutoModelForCausalLM
 
@@ -35,8 +43,10 @@ def load_model(model: Any, device: Any, dtype: Any) -> Any:
         )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
+    if not callable(getattr(model, "generate", None)) or not hasattr(model, "generation_config"):
+        raise ValueError(
+            f"{type(model).__name__} does not generate: a language model of transformers is needed"
+        )
     if device is not None:
         model = model.to(device)
     if isinstance(dtype, torch.dtype):

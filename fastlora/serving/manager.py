@@ -18,7 +18,9 @@ these classes is public there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import queue
 import threading
 from typing import Any, SupportsIndex
 
@@ -41,6 +43,7 @@ from fastlora.serving.penalties import RepetitionPenalty
 from fastlora.serving.requests import OpenRequests, children_of
 from fastlora.serving.sampling import SamplingProcessors
 
+_FULL_SECONDS = 1.0  # after which a thread that waits for the queue looks who empties it
 ADAPTER = "adapter"  # the uid of a request's adapter, in its logit_processor_kwargs
 
 
@@ -319,11 +322,17 @@ class Manager(continuous_api.ContinuousBatchingManager):
                 streaming=streaming,
                 logit_processor_kwargs={ADAPTER: uid, **sampling},
             )
-            self.input_queue.put(state)
+            self._put(state)
         self._wake_up_loop.set()
         # Asked afterwards: a thread that ends later ends this request, too.
         if (reason := self.background_thread_status.can_accept_new_requests()) is not None:
             raise RuntimeError(reason) from self.error
+
+    def _put(self, state: Any) -> None:
+        while self.background_thread_status.can_accept_new_requests() is None:
+            with contextlib.suppress(queue.Full):  # if it has a size, and nobody empties it
+                self.input_queue.put(state, timeout=_FULL_SECONDS)
+                return
 
     def _create_batch_processor(self) -> Any:
         # transformers seeds torch's generators when it makes one.

@@ -1,18 +1,27 @@
-"""What a request is told: its prompt as token ids, its length, its ends, and how it is sampled."""
+"""What a request is told: its prompt, its length, what ends it, and how it is sampled."""
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from fastlora.serving.prompts import PromptEncoder
 
 DEFAULT_NEW_TOKENS = 256
 # Divided by less, scores become infinities. Nothing but the most likely token is left long before.
 _LEAST_TEMPERATURE = 1e-5
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_OPTIONS = (*_SAMPLING, "max_new_tokens", "eos_token_id", "ignore_eos", "num_return_sequences")
+_OPTIONS = (
+    *_SAMPLING,
+    *("max_new_tokens", "num_return_sequences", "eos_token_id", "ignore_eos", "stop_strings"),
+    "chat_template_kwargs",
+)
+# Those of them that say how one samples: with any of them one means to.
+_OF_SAMPLES = ("temperature", "top_k", "top_p", "min_p")
+_TOP_K = 50  # generate's default
 # What a generation_config may ask for and the engine does not compute; unless it is this.
 _NOT_COMPUTED = {
     "no_repeat_ngram_size": 0,
@@ -32,6 +41,7 @@ class Options:
         max_new_tokens: how long the answer may be.
         has_length: whether somebody asked for that length.
         eos: tokens that end it.
+        stop: strings that end it.
         sequences: how many answers there are to be.
         sampling: of ``transformers.GenerationConfig``, what is not its default; empty: greedy.
     """
@@ -40,6 +50,7 @@ class Options:
     max_new_tokens: int
     has_length: bool
     eos: list[int]
+    stop: tuple[str, ...]
     sequences: int
     sampling: dict[str, Any]
 
@@ -59,7 +70,7 @@ class OptionsReader:
         self._defaults = model.generation_config
         text = model.config.get_text_config()
         self._longest: int | None = getattr(text, "max_position_embeddings", None)
-        self._tokens: int = model.get_input_embeddings().weight.shape[0]
+        self._encoder = PromptEncoder(model.get_input_embeddings().weight.shape[0])
         head = model.get_output_embeddings()
         self.vocabulary = int(getattr(head, "out_features", None) or text.vocab_size)
         self._eos = _eos_tokens(model, tokenizer)
@@ -77,20 +88,16 @@ class OptionsReader:
             ValueError: the prompt or an option cannot be used.
             TypeError: there is no such option.
         """
-        tokens = self._tokens_of(prompt, tokenizer)
         unknown = [name for name in given if name not in _OPTIONS]
         if unknown:
             raise TypeError(
                 f"{', '.join(unknown)}: no such option here; there are {', '.join(_OPTIONS)}"
             )
-        options: dict[str, Any] = {n: getattr(self._defaults, n, None) for n in _SAMPLING}
-        options["max_new_tokens"] = getattr(self._defaults, "max_new_tokens", None)
-        options |= {name: value for name, value in given.items() if value is not None}
-        asked, sequences = options["max_new_tokens"], int(options.get("num_return_sequences", 1))
-        for name, number in (("max_new_tokens", asked), ("num_return_sequences", sequences)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be positive, got {number}")
-        new_tokens = DEFAULT_NEW_TOKENS if asked is None else int(asked)
+        given = {name: value for name, value in given.items() if value is not None}
+        template = given.get("chat_template_kwargs", {})
+        tokens = self._encoder.encode(prompt, tokenizer, template)
+        asked = given.get("max_new_tokens", getattr(self._defaults, "max_new_tokens", None))
+        new_tokens = DEFAULT_NEW_TOKENS if asked is None else _positive("max_new_tokens", asked)
         if self._longest is not None:
             if len(tokens) >= self._longest:
                 raise ValueError(
@@ -98,70 +105,68 @@ class OptionsReader:
                     f"{self._longest}"
                 )
             new_tokens = min(new_tokens, self._longest - len(tokens))
-        eos = options.get("eos_token_id")
-        ends = self._eos if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        ends = _token_ids(given["eos_token_id"]) if "eos_token_id" in given else self._eos
         return Options(
             tokens=tokens,
             max_new_tokens=new_tokens,
             has_length=asked is not None,
-            eos=[] if options.get("ignore_eos") else ends,
-            sequences=sequences,
-            sampling=_sampling_of(options, self.vocabulary),
+            eos=[] if given.get("ignore_eos") else ends,
+            stop=_strings(given.get("stop_strings", ()), tokenizer),
+            sequences=_positive("num_return_sequences", given.get("num_return_sequences", 1)),
+            sampling=self._sampling_of(given),
         )
 
-    def _tokens_of(self, prompt: Any, tokenizer: Any) -> list[int]:
-        if isinstance(prompt, str):
-            found = _needed(tokenizer, "a string")(prompt)["input_ids"]
-        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            found = _needed(tokenizer, "chat messages").apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        else:
-            found = prompt
-        try:
-            tokens = list(map(operator.index, found))
-        except TypeError:
-            raise ValueError(
-                "a prompt is a string, a list of token ids or a list of chat messages, not "
-                f"{prompt!r:.100}"
-            ) from None
-        if not tokens:
-            raise ValueError("a prompt has no tokens")
-        if min(tokens) < 0 or max(tokens) >= self._tokens:
-            wrong = next(token for token in tokens if not 0 <= token < self._tokens)
-            raise ValueError(f"a prompt has the token {wrong}, and the vocabulary {self._tokens}")
-        return tokens
+    def _sampling_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return how a request is sampled, of what was given or else the model's defaults."""
+        named = [name for name in _OF_SAMPLES if name in given]
+        options = {name: getattr(self._defaults, name, None) for name in _SAMPLING}
+        options |= {"do_sample": True} if named else {}
+        options |= {name: given[name] for name in _SAMPLING if name in given}
+        return _checked_sampling(options, self.vocabulary)
 
 
-def _needed(tokenizer: Any, what: str) -> Any:
-    if tokenizer is None:
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} is a whole number, not {value!r:.100}")
+    number = operator.index(value)
+    if number < 1:
+        raise ValueError(f"{name} must be positive, got {number}")
+    return number
+
+
+def _token_ids(value: Any) -> list[int]:
+    try:
+        return [operator.index(value)]
+    except TypeError:
+        pass
+    try:
+        return list(map(operator.index, value))
+    except TypeError:
         raise ValueError(
-            f"a prompt is {what}, and the engine has no tokenizer: give token ids, or "
-            "Engine(..., tokenizer=...)"
-        )
-    return tokenizer
+            f"eos_token_id is a token id or a list of them, not {value!r:.100}"
+        ) from None
 
 
-def as_prompts(prompts: Any) -> list[Any]:
-    """Return a list of prompts, also of one alone."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if hasattr(prompts, "tolist"):  # a tensor or an array
-        prompts = prompts.tolist()
-    prompts = list(prompts)
-    if prompts and isinstance(prompts[0], (int, Mapping)):
-        return [prompts]
-    return prompts
+def _strings(value: Any, tokenizer: Any) -> tuple[str, ...]:
+    strings = (
+        (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    )
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop_strings is a string or a list of them, not {value!r:.100}")
+    if strings and tokenizer is None:
+        raise ValueError("stop_strings are looked for in the text, and the engine has no tokenizer")
+    return strings
 
 
-def _sampling_of(options: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+def _checked_sampling(options: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
     """Check how a request is sampled, and return it without defaults; nothing if it is greedy.
 
-    ``None`` and ``top_k=0`` are no limit. A temperature of 0, or next to it, is greedy.
+    ``top_k=0`` is no limit, and 50 the default, as for ``generate``. A temperature of 0, or next to
+    it, is greedy.
     """
     given = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
     temperature, top_p = float(given.get("temperature", 1.0)), float(given.get("top_p", 1.0))
-    top_k, min_p = int(given.get("top_k", 0)), float(given.get("min_p", 0.0))
+    top_k, min_p = int(given.get("top_k", _TOP_K)), float(given.get("min_p", 0.0))
     penalty = float(given.get("repetition_penalty", 1.0))
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, got {temperature}")

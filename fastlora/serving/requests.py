@@ -7,13 +7,15 @@ brings the adapters of those that wait there, one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.serving.stops import StopStrings
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -30,8 +32,8 @@ class Result:
         text: the answer without special tokens; empty where the engine has no tokenizer.
         token_ids: of the answer, with the token that ended it.
         adapter: that answered; ``None`` for the base model.
-        finish_reason: ``"stop"`` (an end-of-sequence token), ``"length"`` (``max_new_tokens``),
-            ``"cancelled"`` or ``"error"``.
+        finish_reason: ``"stop"`` (an end-of-sequence token or a stop string), ``"length"``
+            (``max_new_tokens``), ``"cancelled"`` or ``"error"``.
         error: what went wrong, else ``None``.
         prompt_tokens: number of tokens of the prompt.
     """
@@ -60,15 +62,19 @@ class Request:
 
     id: str
     adapter: str | None
-    prompt: list[int]
+    prompt: list[int] = field(repr=False)
     sequences: int
     _lease: Lease = field(repr=False)
     _eos: frozenset[int] = field(repr=False)
+    _stops: StopStrings | None = field(repr=False)
     # The engine's own methods: it is alive as long as somebody waits for an answer.
     _decode: Callable[[list[int]], str] = field(repr=False)
-    _cancel: Callable[[Request], None] = field(repr=False)
-    # Of each sequence the tokens so far, and why it ended.
+    _cancel: Callable[[Request, Sequence[str]], None] = field(repr=False)
+    _is_left: bool = field(default=False, repr=False)  # by whoever asked
+    # Of each sequence the tokens so far, and why it ended; of those that have come to a stop
+    # string, how many tokens they are.
     _tokens: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    _stopped: dict[str, int] = field(default_factory=dict, repr=False)
     _ended: dict[str, tuple[FinishReason, str | None]] = field(default_factory=dict, repr=False)
     _changed: threading.Condition = field(default_factory=threading.Condition, repr=False)
 
@@ -91,7 +97,11 @@ class Request:
         return [self._result(name) for name in self.names]
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the (first) answer's text in pieces that are whole characters."""
+        """Yield the (first) answer's text in pieces that are whole characters.
+
+        Raises:
+            RuntimeError: at its end, if it ended by an error, or because the engine was closed.
+        """
         seen = 0
         # What is decoded is the tokens from ``start`` on, of which those before ``shown`` were
         # yielded: a token's text may depend on the one before it.
@@ -108,10 +118,16 @@ class Request:
             if len(text) > len(before) and (ended or not text.endswith("\ufffd")):
                 start, shown = shown, seen
                 yield text[len(before) :]
+        reason, error = self._ended[self.id]
+        if reason == "error":
+            raise RuntimeError(error)
+        if reason == "cancelled" and not self._is_left:
+            raise RuntimeError("the engine was closed before the answer was complete")
 
     def cancel(self) -> None:
         """Stop it; what has been generated is its result."""
-        self._cancel(self)
+        self._is_left = True
+        self._cancel(self, self.names)
 
     @property
     def is_over(self) -> bool:
@@ -126,17 +142,35 @@ class Request:
     # The engine's side; none of it raises.
 
     def put(self, name: str, tokens: list[int]) -> None:
-        """Take the tokens so far of a sequence that goes on."""
+        """Take the tokens so far of a sequence that goes on, and cancel it at a stop string."""
+        if name in self._stopped:
+            return
+        tokens = self._up_to_stop(name, tokens)
         with self._changed:
             self._tokens[name] = tokens
             self._changed.notify_all()
+        if name in self._stopped:
+            self._cancel(self, [name])
 
     def end(self, name: str, tokens: list[int], reason: FinishReason, error: str | None) -> None:
         """End a sequence, once."""
+        tokens = self._up_to_stop(name, tokens)
+        if name in self._stopped:
+            reason, error = "stop", None
         with self._changed:
             if name not in self._ended:
                 self._tokens[name], self._ended[name] = tokens, (reason, error)
                 self._changed.notify_all()
+
+    def _up_to_stop(self, name: str, tokens: list[int]) -> list[int]:
+        if self._stops is not None and name not in self._stopped:
+            end = None
+            # What cannot be decoded has no stop string; whoever asks for the text hears of it.
+            with contextlib.suppress(Exception):
+                end = self._stops.end_of(tokens, known=len(self._tokens.get(name, ())))
+            if end is not None:
+                self._stopped[name] = end
+        return tokens[: self._stopped.get(name)]
 
     def has_ended(self, name: str) -> bool:
         """Return whether a sequence has ended."""

@@ -12,6 +12,7 @@ from fastlora.adapters.pool import AdapterPool, Lease
 from fastlora.serving.linears import Routing, RowsOfSequences
 from fastlora.serving.options import Options
 from fastlora.serving.requests import FinishReason, Result
+from fastlora.serving.stops import StopStrings
 
 _MOST_ROWS = 64  # of one batch
 
@@ -144,8 +145,10 @@ def _result(
 ) -> Result:
     """Return the result of an answer, which may go on behind its end."""
     tokens = tokens[: options.max_new_tokens]
-    ends = [i for i, token in enumerate(tokens) if token in options.eos]
-    tokens = tokens[: ends[0] + 1] if ends else tokens
+    ends = [i + 1 for i, token in enumerate(tokens) if token in options.eos]
+    if options.stop and (end := StopStrings(options.stop, decode).end_of(tokens)) is not None:
+        ends.append(end)
+    tokens = tokens[: min(ends)] if ends else tokens
     reason: FinishReason = "stop" if ends else "length"
     return Result(decode(tokens), tokens, name, reason, None, len(options.tokens))
 
