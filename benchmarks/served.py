@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -148,7 +148,7 @@ class Served:
                 self.groups[names].append(group)
         assert {len(found) for found in self.groups.values()} == {model.layers}, self.groups
 
-    def load(self, name: str, count: int, rank: int) -> list[int]:
+    def load(self, name: str, count: int, rank: int, targets: Collection[str] = NAMES) -> list[int]:
         """Load adapters of one rank, each with weights of its own; returns their slots.
 
         All come from one file, so that it need not be written for each; the weights are drawn anew
@@ -156,7 +156,7 @@ class Served:
         """
         names = [f"{name}-{number}" for number in range(count)]
         with tempfile.TemporaryDirectory() as folder:
-            save_adapter(Path(folder), adapted(self.pool), rank, self.dtype)
+            save_adapter(Path(folder), adapted(self.pool, targets), rank, self.dtype)
             with ThreadPoolExecutor(_LOADERS) as threads:
                 list(threads.map(lambda each: self.pool.load(each, folder), names))
         self.pool.arena.normal_(std=_SPREAD)
@@ -288,9 +288,10 @@ def save_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def adapted(pool: AdapterPool) -> dict[str, tuple[int, int]]:
-    """Return the shapes of a pool's linears that adapters change here: all but the head."""
-    return {path: shape for path, shape in pool.shapes.items() if path.rpartition(".")[2] in NAMES}
+def adapted(pool: AdapterPool, targets: Collection[str] = NAMES) -> dict[str, tuple[int, int]]:
+    """Return the shapes of a pool's linears that adapters change; by default all but the head's."""
+    shapes = pool.shapes.items()
+    return {path: shape for path, shape in shapes if path.rpartition(".")[2] in targets}
 
 
 @triton.jit

@@ -34,7 +34,14 @@ from serving_kernels import (
 )
 from serving_promises import MIXED_RANKS, OF_EACH_RANK, OF_MIXED, ONE_RANK, verdicts
 from serving_session import SIZES, SMOKE, Session
-from serving_steps import count_launches, measure_decode, measure_layer, measure_prefill
+from serving_steps import (
+    ADAPTERS_OF_TARGETS,
+    count_launches,
+    measure_decode,
+    measure_layer,
+    measure_prefill,
+    measure_targets,
+)
 
 import fastlora
 from fastlora import plans
@@ -88,6 +95,7 @@ def _measure_model(session: Session, model: Model, everything: bool) -> None:
     loaded = [(most, RANK)]
     if everything:
         loaded += [(OF_MIXED, ONE_RANK), *((OF_EACH_RANK, rank) for rank in MIXED_RANKS)]
+        loaded.append((ADAPTERS_OF_TARGETS, RANK))
     served = Served(model, session.device, session.dtype, loaded)
     slots = served.load("adapter", most, RANK)
     session.run.say(f"{model.name}: {most} adapters of rank {RANK} loaded\n{served.pool}"[:400])
@@ -98,6 +106,7 @@ def _measure_model(session: Session, model: Model, everything: bool) -> None:
     if everything:
         parts.append(("kernels", partial(measure_kernels, session, served, slots)))
         parts.append(("peft", partial(measure_layer, session, served, slots)))
+        parts.append(("targets", partial(measure_targets, session, served)))
     parts += [
         (f"prefill of {tokens}", partial(measure_prefill, session, served, slots, tokens))
         for tokens in session.sizes.prefill

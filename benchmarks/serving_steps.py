@@ -1,6 +1,7 @@
 """Whole steps with many adapters beside the base model's: decode, prefill, one layer beside peft.
 
 decode      one CUDA graph of all linears and the head, as the engine has it and in other ways
+targets     likewise, of adapters that have q and v alone
 prefill     8192 tokens at once, and a chunk of 512, in a graph and without one
 layer       one decoder layer beside peft's ``adapter_names=``, eagerly
 launches    of a decoder layer, counted by PyTorch's profiler
@@ -34,6 +35,7 @@ from serving_session import Session, about
 from torch import Tensor, nn
 
 from fastlora import segmented_ops
+from fastlora.adapters.pool import Reach
 from fastlora.bench import measuring
 from fastlora.bench.measuring import Step
 from fastlora.bench.providers import DecoderLayer
@@ -48,6 +50,7 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "fastlora-added": functools.partial(mock.patch.object, segmented_ops, "DECODE_GEMM_ROWS", 0),
 }
 PEFT_ADAPTERS = 16  # at most, in a layer beside peft
+TARGETS, ADAPTERS_OF_TARGETS = ("q_proj", "v_proj"), 16
 _NEVER = 1 << 30  # rows
 
 
@@ -77,6 +80,36 @@ def measure_decode(session: Session, served: Served, slots: Sequence[int]) -> No
         columns["frozen"]["host_us"] = session.host_us(base)
         for name, timing in timings.items():
             session.add(**columns[name], **measuring.columns(timing, frozen))
+
+
+def measure_targets(session: Session, served: Served) -> None:
+    """Measure a decode step whose adapters have q and v alone, as peft's for Qwen2 by default."""
+    slots = served.load("q-and-v", ADAPTERS_OF_TARGETS, RANK, TARGETS)
+    targeted = frozenset(
+        group.first
+        for names, groups in served.groups.items()
+        if set(names) & set(TARGETS)
+        for group in groups
+    )
+    count = max(rows for _, rows in session.sizes.decode)
+    inputs, pool = served.inputs(count), session.pool()
+    rows, requests = Rows(count, served.pool), in_turns(slots, count)
+    base = served.step(inputs, inputs[0], None, None)
+    steps: dict[str, Captured] = {"frozen": session.capture(base, pool)}
+    columns: dict[str, dict[str, Any]] = {}
+    # Of a pool that has only these; and of one in which others have targeted all linears.
+    narrow = Reach(served.pool.reach.max_rank, targeted)
+    for provider, reach in (("fastlora", narrow), ("fastlora-all", served.pool.reach)):
+        with mock.patch.object(served.pool, "reach", reach):
+            step = session.capture(served.step(inputs, inputs[0], rows, rows), pool)
+        case = case_of("decode of q and v", len(slots))
+        row = columns[provider] = about(served.model, case, count, provider)
+        if session.checked(served, step, [(rows, requests)], inputs, row):
+            steps[provider] = step
+    timings = session.time({name: step.replay for name, step in steps.items()})
+    for provider in columns.keys() & timings.keys():
+        found = measuring.columns(timings[provider], timings["frozen"])
+        session.add(**columns[provider], **found)
 
 
 def _with_empty_launches(

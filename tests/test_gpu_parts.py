@@ -50,6 +50,8 @@ SERVED = {
     ("decode, 2 adapters", "fastlora-in-turn"),
     ("decode, 2 adapters", "fastlora-added"),
     ("decode, launches that do nothing", "empty"),
+    ("decode of q and v, 16 adapters", "fastlora"),
+    ("decode of q and v, 16 adapters", "fastlora-all"),
     ("frozen product of gate_proj/up_proj", "fastlora"),
     ("segmented_shrink of q_proj/k_proj/v_proj, 2 adapters", "fastlora"),
     ("segmented_expand of down_proj, 2 adapters", "fastlora"),
