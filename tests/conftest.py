@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch.utils._device import _device_constructors
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before the import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("quick_interpreter")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
