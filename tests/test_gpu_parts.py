@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +18,7 @@ from served import Rows, Served, in_turns
 from serving_counts import LAUNCHES, PREFILL, PROMISED, PROMISED_MODEL
 from serving_promises import PROVIDERS, verdicts
 from serving_session import SIZES, SMOKE, TINY, Session
+from warm_scripts import run_script
 
 import fastlora
 from fastlora import plans
@@ -31,14 +31,7 @@ from fastlora.bench.shapes import MAIN_MODELS
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments, check=True):
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks/gpu.py", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=check,
-    )
+SCRIPT = ROOT / "benchmarks/gpu.py"
 
 
 # Of the smoke run of serving: case and provider.
@@ -66,7 +59,9 @@ SERVED = {
 
 @pytest.mark.parametrize("part", gpu._RUN)
 def test_a_part_runs_and_leaves_its_files(part, tmp_path):
-    run("--part", part, "--out", tmp_path, "--smoke", "--commit", "abc1234")
+    arguments = ["--part", part, "--out", tmp_path, "--smoke", "--commit", "abc1234"]
+    status = run_script(SCRIPT, *arguments, log=tmp_path / "printed")
+    assert status == 0, (tmp_path / "printed").read_text()
     log = (tmp_path / f"{part}.log").read_text()
     assert "commit=abc1234 device=smoke" in log
     if part == "tests":
@@ -210,7 +205,8 @@ def test_the_fused_gemm_is_held_against_cublas_and_linears_against_addmm():
 def test_without_a_gpu_and_without_smoke_it_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    result = run("--part", "tune", "--out", tmp_path, check=False)
+    command = [sys.executable, SCRIPT, "--part", "tune", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "there is no CUDA device; --smoke runs without one" in result.stderr
 
