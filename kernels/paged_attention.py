@@ -380,18 +380,8 @@ def paged_attention(
         longest,
         dot_precision(q.dtype),
     )
-    partials = None
-    if grid[2] > 1:
-        rows = (grid[2], tokens, heads)
-        values = torch.empty((*rows, head_dim), dtype=torch.float32, device=q.device)
-        partials = values, torch.empty(rows, dtype=torch.float32, device=q.device)
-    if block_table is not None:
-        assert not is_ring, "a ring is not described by its pages"
-        places = _Places(block_table, block_table.stride(0), block_table)
-    else:  # where nothing is cached, the place of no key is looked up
-        assert write_index is not None, "neither write_index nor block_table"
-        read = write_index if read_index is None or read_index.numel() == 0 else read_index
-        places, page_size = _Places(read, 0, None if is_ring else write_index), 0
+    partials = _partials(grid[2], q) if grid[2] > 1 else None
+    places = _places(read_index, write_index, block_table, is_ring)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     starts = starts_q, starts_k
     _paged_attention_kernel[grid](
@@ -407,7 +397,7 @@ def paged_attention(
         sequences,
         scaling * _LOG2_E,
         window,
-        PAGE_SIZE=page_size,
+        PAGE_SIZE=0 if block_table is None else page_size,
         **constants,
     )
     if partials is not None:
@@ -419,6 +409,30 @@ def paged_attention(
         k_pages.index_copy_(0, write_index, k)
         v_pages.index_copy_(0, write_index, v)
     return out
+
+
+def _partials(splits: int, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return room for the results of all splits: values, and the logarithms of their weights."""
+    tokens, heads, head_dim = q.shape
+    rows = (splits, tokens, heads)
+    values = torch.empty((*rows, head_dim), dtype=torch.float32, device=q.device)
+    return values, torch.empty(rows, dtype=torch.float32, device=q.device)
+
+
+def _places(
+    read_index: Tensor | None,
+    write_index: Tensor | None,
+    block_table: Tensor | None,
+    is_ring: bool,
+) -> _Places:
+    """Return where keys and values lie, and where those of new tokens go."""
+    if block_table is not None:
+        assert not is_ring, "a ring is not described by its pages"
+        return _Places(block_table, block_table.stride(0), block_table)
+    assert write_index is not None, "neither write_index nor block_table"
+    # Where nothing is cached, the place of no key is looked up.
+    read = write_index if read_index is None or read_index.numel() == 0 else read_index
+    return _Places(read, 0, None if is_ring else write_index)
 
 
 @cached_by_shape

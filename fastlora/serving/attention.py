@@ -155,16 +155,16 @@ def attention_forward(
             "an engine serves this model, and it can only be called by it: send requests to the "
             "engine, or close it first"
         )
-    unsupported = {
-        "an attention mask": attention_mask is not None,
-        "dropout": dropout != 0.0,
-        "capped scores": softcap is not None,
-        "attention sinks": s_aux is not None,
-        "attention to later tokens": is_causal is False,
-        "values of another width than the keys": value.shape[-1] != key.shape[-1],
-    }
-    if found := [what for what, is_there in unsupported.items() if is_there]:
-        raise ValueError(f"the paged attention does not compute {' or '.join(found)}")
+    _refuse(
+        {
+            "an attention mask": attention_mask is not None,
+            "dropout": dropout != 0.0,
+            "capped scores": softcap is not None,
+            "attention sinks": s_aux is not None,
+            "attention to later tokens": is_causal is False,
+            "values of another width than the keys": value.shape[-1] != key.shape[-1],
+        }
+    )
     layer: Any = module.layer_idx
     allocator = cache.layer_to_allocator[layer]
     if allocator.layer_type not in (_FULL, _SLIDING):
@@ -196,6 +196,11 @@ def attention_forward(
         is_ring=is_ring,
     )
     return out[None], None
+
+
+def _refuse(unsupported: dict[str, bool]) -> None:
+    if found := [what for what, is_there in unsupported.items() if is_there]:
+        raise ValueError(f"the paged attention does not compute {' or '.join(found)}")
 
 
 def _check_dtype(query: Tensor, key: Tensor, value: Tensor, pages: Tensor) -> None:
