@@ -43,6 +43,11 @@ def test_a_folder_is_a_model(judge, tmp_path):
             assert engine.adapters.dtype == torch.bfloat16
 
 
+def test_copies_in_host_memory_have_the_room_that_is_given():
+    with fastlora.Engine(served_model(), adapter_memory="1MB", host_memory="3MB") as engine:
+        assert engine.adapters.memory_total <= 1_000_000 < engine.adapters._host_room == 3_000_000
+
+
 def test_on_a_cpu_the_cache_is_bounded():
     """transformers would take more than half of what is free."""
     for asked in (None, transformers.ContinuousBatchingConfig(page_size=64)):

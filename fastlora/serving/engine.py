@@ -61,6 +61,8 @@ class Engine:
             batching changes its config during each step).
         adapters: name and source of adapters to load at once; see ``AdapterPool.load``.
         adapter_memory: of the device for adapters: bytes, or a size such as ``"2GB"``.
+        host_memory: likewise of the host, for copies of those that left the device; see
+            ``AdapterPool``.
         device: by default a GPU if there is one, or where a loaded model is.
         dtype: by default the checkpoint's, or a loaded model's.
         tokenizer: by default the one that comes with the model. Without one, prompts are token ids.
@@ -83,6 +85,7 @@ class Engine:
         adapters: Mapping[str, Any] | None = None,
         *,
         adapter_memory: int | str = "2GB",
+        host_memory: int | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         tokenizer: Any = None,
@@ -93,7 +96,7 @@ class Engine:
         self.model: Any = load_model(model, device, dtype)
         refuse_attached(self.model)
         self.tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model, self.model)
-        self.adapters = AdapterPool(self.model, memory=adapter_memory)
+        self.adapters = AdapterPool(self.model, memory=adapter_memory, host_memory=host_memory)
         for name, source in (adapters or {}).items():
             self.adapters.load(name, source)
         self._batching = batching
