@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import shutil
 import threading
@@ -21,9 +20,6 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 
 import fastlora
 from fastlora.adapters.files import CONFIG, WEIGHTS
-
-# An engine that is closed collects garbage several times over: not of all the modules, too.
-gc.freeze()
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 LINEARS = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
