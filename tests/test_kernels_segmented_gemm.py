@@ -79,9 +79,9 @@ class Batch:
     def segments(self):
         return make_segments(self.slots, 16)
 
-    def shrink(self):
+    def shrink(self, config=SHRINK):
         operands = self.arena, self.descriptors, self.segments
-        return segmented_shrink(self.x, *operands, max_rank=self.case.max_rank, config=SHRINK)
+        return segmented_shrink(self.x, *operands, max_rank=self.case.max_rank, config=config)
 
     def operands(self, **changes):
         named = {"x": self.x, "weights": self.weights, "biases": self.biases}
@@ -123,12 +123,14 @@ def test_four_pieces_of_a_tile_are_in_order():
     batch.check(batch.apply(FOUR))
 
 
-# Both sides of a block; k of 1100 is split, so that h has several planes.
+# Both sides of a block; k is split, so that h has two planes.
 @pytest.mark.parametrize(("rows", "k"), [(1, 40), (128, 1100), (257, 40)])
 def test_default_tile_covers_everything(rows, k):
     slots = (1,) * (rows - min(rows, 18)) + MIXED[: min(rows, 18)]
     batch = Batch(replace(GROUP, slots=slots, k=k, ns=(264, 24, 24)))
-    batch.check(batch.apply(None))
+    h = batch.shrink(replace(SHRINK, block_k=16 if k < 128 else 128))
+    assert len(h) == SHRINK.splits
+    batch.check(batch.apply(None, h=h))
 
 
 @pytest.mark.parametrize("slots", [RUNS, MIXED])
