@@ -56,7 +56,7 @@ def no_garbage_of_others() -> None:
     """Leave what the files before keep out of garbage collection.
 
     An engine that is closed collects twice: of ``test_engine_exactness.py``, in the middle of all
-    tests, that was 23 of 29 s.
+    tests, that was more than 20 of 29 s.
     """
     gc.collect()
     gc.freeze()
