@@ -16,6 +16,7 @@ from small_engines import WORDS, make, prompt_of
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from fastlora.serving import batching
+from fastlora.serving import engine as engine_module
 from fastlora.serving.penalties import RepetitionPenalty
 from fastlora.serving.sampling import SamplingProcessors
 
@@ -88,6 +89,7 @@ def test_the_penalty_of_the_model_s_own_config_is_followed(judge):
 def test_without_continuous_batching_it_is_the_same(judge, monkeypatch):
     """Prompts are padded with tokens of their own: before transformers 5.23 padding counted."""
     monkeypatch.setattr(batching, "unsupported_reason", lambda: "this one is not known")
+    monkeypatch.setattr(engine_module, "_warned", set())
     model, given = served_model(**WORDS), []
     generate = model.generate
     model.generate = lambda ids, **kwargs: given.extend(ids.tolist()) or generate(ids, **kwargs)
