@@ -159,6 +159,8 @@ def test_without_a_tokenizer_prompts_are_tokens(judge):
 def test_one_prompt_is_answered_by_several_adapters(shared, judge):
     prompt, names = prompt_of(5), ["all-4", None, "rs-8"]
     assert ask(shared, prompt, names, 6) == judge.answers([prompt] * 3, names, 6)
+    with pytest.raises(ValueError, match="0 adapters were named for 1 prompts"):
+        shared.generate(prompt, [])
 
 
 @pytest.mark.parametrize("adapter", [3, {"all-4": 1}, ["all-4", 3]])

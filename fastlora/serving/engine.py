@@ -154,7 +154,7 @@ class Engine:
         """
         asked = as_prompts(prompts)
         if len(asked) == 1 and not _is_one(adapter) and isinstance(adapter, Sequence):
-            asked *= len(adapter)
+            asked *= max(1, len(adapter))
         names = self._names(adapter, len(asked))
         options = [self._read(prompt, generation, i) for i, prompt in enumerate(asked)]
         if reason := self._unsupported_reason:
