@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from fastlora import segmented
 from fastlora.adapters import pool as pool_module
+from fastlora.adapters import table
 from fastlora.adapters.adapter import Adapter, LoraFactors
 from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.files import read_adapter
-from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.adapters.pool import AdapterPool
+from fastlora.adapters.versions import Lease
 
 MODEL = served_model()
 SHAPES = {
@@ -163,7 +165,7 @@ def test_memory_is_counted(folders):
     ],
 )
 def test_sizes(size, expected):
-    assert pool_module._bytes(size) == expected
+    assert table.bytes_of(size) == expected
 
 
 @pytest.mark.parametrize("size", ["", "lots", "GB", "-1GB", "2 G", "1e9"])

@@ -62,7 +62,8 @@ INSIDE = {
         "command",
     ],
     "adapters": [
-        *("errors", "adapter", "config", "weights", "checks", "live", "files", "pages", "pool"),
+        *("errors", "adapter", "config", "weights", "checks", "live", "files", "pages", "groups"),
+        *("table", "versions", "pool"),
     ],
     "serving": [
         *("penalties", "sampling", "attention", "linears", "requests", "manager", "batching"),

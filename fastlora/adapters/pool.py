@@ -17,13 +17,10 @@ S-LoRA (https://arxiv.org/abs/2311.03285) for the idea of paging rank rows.
 
 from __future__ import annotations
 
-import re
 import secrets
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,60 +30,16 @@ from fastlora import plans
 from fastlora.adapters.adapter import Adapter
 from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.files import read_adapter
+from fastlora.adapters.groups import dtype_of, groups_of, last_names, linears_of
 from fastlora.adapters.pages import PageAllocator, Placement
-from fastlora.discovery import sibling_names
+from fastlora.adapters.table import AdapterInfo, bytes_of, size_of, table_of
+from fastlora.adapters.versions import Lease, Version, blocks_of, packed
 from fastlora.segmented import Adapters, Factors
-from fastlora.segments import PAGE, pages_of
+from fastlora.segments import PAGE
 
 MAX_RANK = 256
 _LEAST_RANK = 16
 _WHERE = ("device", "host", "disk")
-# By how much one linear may multiply its input; trained adapters do by 1 to 1000. Below it nothing
-# overflows in fp32 or bf16, in a model that does not by itself: with 1e4 for the norm of an input,
-# gate times up is at most 1e24 for each of some 1e4 features, and down_proj makes 1e34 of them. A
-# NaN would reach other requests, whose attention is masked by adding to the scores of all of them.
-_LARGEST_CHANGE = 1e8
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What ``AdapterPool.list`` says of an adapter.
-
-    Attributes:
-        name: that requests give.
-        source: where it was loaded from.
-        rank: the largest of its ranks.
-        targets: names of the linears that it changes.
-        bytes: that it takes on the device.
-        where: ``"device"``, ``"host"`` or ``"disk"``.
-        requests: that use it now, or wait for it.
-        pinned: stays on the device.
-        active: used by requests that name no adapter.
-    """
-
-    name: str
-    source: str
-    rank: int
-    targets: str
-    bytes: int
-    where: str
-    requests: int
-    pinned: bool
-    active: bool
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linears of the model that share their input.
-
-    Attributes:
-        names: of the linears, in the order in which their parent calls them.
-        first: place of the first in the pool's tables; the others follow.
-    """
-
-    names: tuple[str, ...]
-    first: int
 
 
 class Reach(NamedTuple):
@@ -104,70 +57,6 @@ class Reach(NamedTuple):
 
     max_rank: int
     targeted: frozenset[int]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One linear's part of an adapter: A, and then B."""
-
-    linear: int
-    rank: int
-    scaling: float
-    k: int
-    n: int
-
-
-@dataclass(eq=False)
-class _Version:
-    """One load of a name."""
-
-    name: str
-    uid: int
-    source: Path | None  # to read it again from; None for a live model
-    shown: str
-    rank: int
-    targets: str
-    fingerprint: str
-    blocks: list[_Block]
-    host: Tensor | None = None
-    slot: int = 0
-    placement: Placement | None = None
-    leases: int = 0
-    held: int = 0  # leases of requests that run: it stays where it is
-    pinned: bool = False
-    used: int = 0
-    free_from: int = 0  # the step from which on no launch reads it any more
-    named: bool = True
-
-    @property
-    def pages(self) -> list[int]:
-        """Pages of every block, A and B."""
-        return [
-            pages
-            for block in self.blocks
-            for pages in (pages_of(block.rank * block.k), pages_of(block.rank * block.n))
-        ]
-
-
-@dataclass(eq=False)
-class Lease:
-    """The right to use one version of an adapter, until it is given back.
-
-    Attributes:
-        name: of the adapter, ``None`` for the base model.
-        uid: of the version; another one for every load, also of the same name.
-    """
-
-    name: str | None
-    uid: int
-    _version: _Version | None = field(default=None, repr=False)
-    _holds: bool = field(default=False, repr=False)
-
-    @property
-    def slot(self) -> int:
-        """Its place in the tables; 0 for the base model, or while it is not on the device."""
-        version = self._version
-        return 0 if version is None else version.slot
 
 
 class AdapterPool:
@@ -197,10 +86,10 @@ class AdapterPool:
         host_memory: int | str | None = None,
         slots: int = 1024,
     ) -> None:
-        linears = _linears(model)
+        linears = linears_of(model)
         weight = next(iter(linears.values())).weight
-        self.device, self.dtype = weight.device, _dtype_of(model, weight)
-        self.groups = _groups(model, linears)
+        self.device, self.dtype = weight.device, dtype_of(model, weight)
+        self.groups = groups_of(model, linears)
         self.names = tuple(name for group in self.groups for name in group.names)
         self.shapes = {
             name: (linears[name].out_features, linears[name].in_features) for name in self.names
@@ -208,10 +97,10 @@ class AdapterPool:
         self._index = {name: i for i, name in enumerate(self.names)}
         alike: dict[tuple[str, ...], set[int]] = {}
         for group in self.groups:
-            alike.setdefault(_last(group.names), set()).add(group.first)
+            alike.setdefault(last_names(group.names), set()).add(group.first)
         # Of each linear, the groups of its kind.
-        self._alike = [frozenset(alike[_last(g.names)]) for g in self.groups for _ in g.names]
-        pages = _bytes(memory) // (PAGE * self.dtype.itemsize)
+        self._alike = [frozenset(alike[last_names(g.names)]) for g in self.groups for _ in g.names]
+        pages = bytes_of(memory) // (PAGE * self.dtype.itemsize)
         if pages < 1 or slots < 2:
             raise ValueError(
                 f"there is no room for an adapter: memory is {memory!r}, slots is {slots}"
@@ -233,14 +122,14 @@ class AdapterPool:
         self._in_slots: dict[int, tuple[tuple[int, ...], Adapters]] = {}
         on_gpu = self.device.type != "cpu"
         self._host_room = (
-            _bytes(memory if on_gpu else 0) if host_memory is None else _bytes(host_memory)
+            bytes_of(memory if on_gpu else 0) if host_memory is None else bytes_of(host_memory)
         )
-        self._versions: dict[str, _Version] = {}
-        self._by_uid: dict[int, _Version] = {}
+        self._versions: dict[str, Version] = {}
+        self._by_uid: dict[int, Version] = {}
         self._active: str | None = None
         self._clock = 0
         self._step = 0
-        self._leaving: set[_Version] = set()  # without name or lease, and perhaps still read
+        self._leaving: set[Version] = set()  # without name or lease, and perhaps still read
         self._lock = threading.RLock()
 
     # What users do.
@@ -365,33 +254,12 @@ class AdapterPool:
         return iter(list(self._versions))
 
     def __repr__(self) -> str:
-        rows = [("adapter", "rank", "size", "targets", "where", "requests", "")]
-        for info in self.list():
-            marks = ", ".join(
-                word for word, holds in (("active", info.active), ("pinned", info.pinned)) if holds
-            )
-            size = _size(info.bytes)
-            rows.append(
-                (
-                    info.name,
-                    str(info.rank),
-                    size,
-                    info.targets,
-                    info.where,
-                    str(info.requests),
-                    marks,
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        used, total = _size(self.memory_used), _size(self.memory_total)
+        lines = table_of(self.list())
+        used, total = size_of(self.memory_used), size_of(self.memory_total)
         dtype = str(self.dtype).removeprefix("torch.")
         lines.append(f"{used} of {total} on {self.device}, {dtype}")
         if on_host := self.host_memory_used:
-            lines[-1] += f"; {_size(on_host)} of copies in host memory"
+            lines[-1] += f"; {size_of(on_host)} of copies in host memory"
         return "\n".join(lines)
 
     # What an engine does.
@@ -485,30 +353,10 @@ class AdapterPool:
 
     # Everything below is called with the lock held, unless it says otherwise.
 
-    def _read(self, name: str, source: Any) -> _Version:
+    def _read(self, name: str, source: Any) -> Version:
         """Read and pack an adapter; without the lock."""
         adapter = read_adapter(name, source, self.shapes, max_rank=MAX_RANK)
-        blocks = [
-            _Block(
-                self._index[path],
-                factors.lora_a.shape[0],
-                factors.scaling,
-                factors.lora_a.shape[1],
-                factors.lora_b.shape[0],
-            )
-            for path, factors in adapter.factors.items()
-        ]
-        for path, factors in adapter.factors.items():
-            # The largest of what is computed one after the other: x A, that times B, and scaled.
-            change = _norm(factors.lora_a) * max(
-                1.0, _norm(factors.lora_b) * max(1.0, abs(factors.scaling))
-            )
-            if not change <= _LARGEST_CHANGE:
-                raise AdapterError(
-                    f"{name}: the weights of {path} are too large: they may multiply its input by "
-                    f"{change:.0e}, and at most {_LARGEST_CHANGE:.0e} is allowed"
-                )
-        version = _Version(
+        version = Version(
             name=name,
             uid=secrets.randbits(62) | 1,
             source=adapter.folder,
@@ -516,39 +364,20 @@ class AdapterPool:
             rank=adapter.rank,
             targets=adapter.targets,
             fingerprint=adapter.fingerprint,
-            blocks=blocks,
+            blocks=blocks_of(adapter, self._index),
         )
-        needed = sum(version.pages)
-        if needed > self._allocator.pages:
+        if version.size > self._allocator.pages:
             raise AdapterError(
-                f"{name}: it takes {_size(self._bytes_of(version))} in {self.dtype}, and the pool "
-                f"has {_size(self.memory_total)} in all: give it more (adapter_memory)"
+                f"{name}: it takes {size_of(self._bytes_of(version))} in {self.dtype}, and the "
+                f"pool has {size_of(self.memory_total)} in all: give it more (adapter_memory)"
             )
         version.host = self._pack(adapter, version)
         return version
 
-    def _pack(self, adapter: Adapter, version: _Version) -> Tensor:
-        """Return an adapter as it will lie in the arena: A and B of each block, in its dtype.
+    def _pack(self, adapter: Adapter, version: Version) -> Tensor:
+        return packed(adapter, version.size, self.dtype, pinned=self.device.type == "cuda")
 
-        fp32 weights of a model in 16 bits are rounded here, once; without the lock.
-        """
-        packed = torch.zeros(
-            sum(version.pages) * PAGE, dtype=self.dtype, pin_memory=self.device.type == "cuda"
-        )
-        at = 0
-        for path, factors in adapter.factors.items():
-            for part, what in ((factors.lora_a, "lora_A"), (factors.lora_b.t(), "lora_B")):
-                place = packed[at : at + part.numel()].view(part.shape)
-                place.copy_(part)
-                if self.dtype == torch.float16 and not bool(place.isfinite().all()):
-                    raise AdapterError(
-                        f"{version.name}: {path}.{what} has values beyond the range of float16, "
-                        "the model's dtype"
-                    )
-                at += pages_of(part.numel()) * PAGE
-        return packed
-
-    def _bring_to_host(self, version: _Version) -> None:
+    def _bring_to_host(self, version: Version) -> None:
         """Read an adapter again that was dropped; without the lock."""
         with self._lock:
             if version.slot or version.host is not None:
@@ -562,7 +391,7 @@ class AdapterPool:
             )
         version.host = self._pack(adapter, version)
 
-    def _place(self, version: _Version) -> bool:
+    def _place(self, version: Version) -> bool:
         """Put a packed adapter into the arena, in the place of idle ones if need be."""
         if version.slot:
             return True
@@ -579,13 +408,13 @@ class AdapterPool:
         self._in_slots = {}
         return True
 
-    def _who_leaves_for(self, pages: Sequence[int]) -> Sequence[_Version] | None:
+    def _who_leaves_for(self, pages: Sequence[int]) -> Sequence[Version] | None:
         """Return the idle adapters that make room for blocks, the least recently used first.
 
         ``None``: not even all of them do, and nobody has to leave for nothing.
         """
         idle = [v for v in self._by_uid.values() if v.placement and self._may_leave(v)]
-        if sum(pages) > self._allocator.free + sum(sum(v.pages) for v in idle):
+        if sum(pages) > self._allocator.free + sum(v.size for v in idle):
             return None
         idle.sort(key=lambda version: version.used)
         trial = self._allocator.copy()
@@ -597,10 +426,10 @@ class AdapterPool:
                 trial.give_back(version.placement)
         return None
 
-    def _may_leave(self, version: _Version) -> bool:
+    def _may_leave(self, version: Version) -> bool:
         return not (version.held or version.pinned) and version.free_from <= self._step
 
-    def _upload(self, version: _Version, placement: Placement) -> None:
+    def _upload(self, version: Version, placement: Placement) -> None:
         assert version.host is not None
         at = 0
         for first, pages in placement.extents:
@@ -633,7 +462,7 @@ class AdapterPool:
     def _view(self, page: int, rows: int, columns: int) -> Tensor:
         return self.arena[page * PAGE :][: rows * columns].view(rows, columns)
 
-    def _evict(self, version: _Version) -> None:
+    def _evict(self, version: Version) -> None:
         """Take an adapter from the device; what could not be read again goes to the host."""
         assert version.placement is not None
         wanted = version.leases or (version.named and version.source is None)
@@ -650,7 +479,7 @@ class AdapterPool:
         self._free_slots.append(version.slot)
         version.placement, version.slot = None, 0
 
-    def _retire(self, version: _Version) -> None:
+    def _retire(self, version: Version) -> None:
         """Let go of a version that has lost its name, as soon as nobody uses it."""
         version.named = version.pinned = False
         if version.leases:
@@ -678,10 +507,10 @@ class AdapterPool:
 
     def _no_room_for(self, lease: Lease, what: str) -> str:
         assert lease._version is not None
-        needed, total = _size(self._bytes_of(lease._version)), _size(self.memory_total)
+        needed, total = size_of(self._bytes_of(lease._version)), size_of(self.memory_total)
         return f"{lease.name} needs {needed} of {total}, and what is on the device {what}"
 
-    def _named(self, name: str) -> _Version:
+    def _named(self, name: str) -> Version:
         version = self._versions.get(name)
         if version is None:
             known = ", ".join(self._versions) or "none"
@@ -692,10 +521,10 @@ class AdapterPool:
         self._clock += 1
         return self._clock
 
-    def _bytes_of(self, version: _Version) -> int:
-        return sum(version.pages) * PAGE * self.dtype.itemsize
+    def _bytes_of(self, version: Version) -> int:
+        return version.size * PAGE * self.dtype.itemsize
 
-    def _info(self, version: _Version) -> AdapterInfo:
+    def _info(self, version: Version) -> AdapterInfo:
         place = 0 if version.slot else 1 if version.host is not None else 2
         return AdapterInfo(
             name=version.name,
@@ -708,72 +537,3 @@ class AdapterPool:
             pinned=version.pinned,
             active=self._active == version.name,
         )
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found: dict[str, nn.Linear] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            raise ValueError(
-                f"the model has peft layers ({name}): give the base model, and load the adapter "
-                "into the pool by its name"
-            )
-        if isinstance(module, nn.Linear):
-            found[name] = module
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no linear layers")
-    return found
-
-
-def _groups(model: nn.Module, linears: dict[str, nn.Linear]) -> tuple[Group, ...]:
-    """Return the linears in groups of up to four that share their input."""
-    groups: list[tuple[str, ...]] = []
-    grouped: set[str] = set()
-    for parent_name, parent in model.named_modules():
-        prefix = f"{parent_name}." if parent_name else ""
-        children = {name for name in parent._modules if prefix + name in linears}
-        for names in sibling_names(parent, children) if len(children) > 1 else ():
-            for start in range(0, len(names), 4):
-                group = tuple(prefix + name for name in names[start : start + 4])
-                groups.append(group)
-                grouped.update(group)
-    groups += [(name,) for name in linears if name not in grouped]
-    found: list[Group] = []
-    for names in groups:
-        found.append(Group(names, sum(len(group.names) for group in found)))
-    return tuple(found)
-
-
-def _last(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name.rpartition(".")[2] for name in names)
-
-
-def _dtype_of(model: nn.Module, weight: Tensor) -> torch.dtype:
-    """Return the dtype of activations: quantized weights have another."""
-    dtype = getattr(model, "dtype", weight.dtype)
-    return dtype if dtype.is_floating_point else torch.get_default_dtype()
-
-
-def _norm(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, (int, float)):
-        return int(size)
-    match = _SIZE.fullmatch(size.strip())
-    if match is None:
-        raise ValueError(f'a size is bytes, or such as "2GB" or "512MiB", not {size!r}')
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.adapters.pool import AdapterPool
+from fastlora.adapters.versions import Lease
 from fastlora.serving.linears import Routing, RowsOfSequences
 from fastlora.serving.options import Options
 from fastlora.serving.requests import FinishReason, Result
