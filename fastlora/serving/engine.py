@@ -23,7 +23,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.adapters.pool import AdapterPool
+from fastlora.adapters.versions import Lease
 from fastlora.serving import batching as hooks
 from fastlora.serving.linears import attach, detach
 from fastlora.serving.loading import (

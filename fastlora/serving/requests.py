@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.adapters.pool import AdapterPool
+from fastlora.adapters.versions import Lease
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
