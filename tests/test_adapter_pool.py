@@ -33,6 +33,7 @@ from fastlora.adapters.pool import AdapterPool
 from fastlora.adapters.versions import Lease
 
 MODEL = served_model()
+PINNED = r" needs .* of .*, and there is too little beside what is pinned$"
 SHAPES = {
     name: (module.out_features, module.in_features)
     for name, module in MODEL.named_modules()
@@ -353,18 +354,18 @@ def test_what_is_used_or_pinned_does_not_leave(folders):
     waiting = pool.lease("all-4")
     pool.pin("qv-16")
     with running(pool, "all-4") as lease:
-        pool.load("rs-8", folders["rs-8"])
-        assert where(pool) == {"all-4": "device", "qv-16": "device", "rs-8": "disk"}
-        other = pool.lease("rs-8")
+        pool.load("other", folders["all-4"])
+        assert where(pool) == {"all-4": "device", "qv-16": "device", "other": "disk"}
+        other = pool.lease("other")
         assert not pool.hold(other)
         assert not pool.make_ready(other)
-        with pytest.raises(RuntimeError, match=r"rs-8 needs .* on the device is pinned or in use"):
-            pool.pin("rs-8")
+        with pytest.raises(RuntimeError, match=r"other needs .* the rest is pinned, or in use"):
+            pool.pin("other")
         assert_holds(pool, lease, folders["all-4"])
     pool.unpin("qv-16")
     # What only waits does not keep others waiting, and loses nothing.
     assert pool.make_ready(other)
-    assert where(pool) == {"all-4": "host", "qv-16": "disk", "rs-8": "device"}
+    assert where(pool) == {"all-4": "host", "qv-16": "disk", "other": "device"}
     pool.give_back(other)
     assert pool.make_ready(waiting)
     assert_holds(pool, waiting, folders["all-4"])
@@ -375,10 +376,69 @@ def test_waiting_for_what_is_pinned_would_last_for_ever(folders):
     pool.pin("all-4")
     pool.load("qv-16", folders["qv-16"])
     lease = pool.lease("qv-16")
-    with pytest.raises(RuntimeError, match=r"qv-16 needs .* what is on the device is pinned$"):
-        pool.make_ready(lease)
+    for call in (lambda: pool.make_ready(lease), lambda: pool.pin("qv-16")):
+        with pytest.raises(RuntimeError, match=PINNED):
+            call()
     pool.unpin("all-4")
     assert pool.make_ready(lease)
+
+
+def test_one_that_may_leave_makes_nobody_wait_for_what_is_pinned(folders):
+    """When it has left, there is still too little room."""
+    pool = pool_of(folders, memory=bytes_of(folders, "all-4", "one-layer-5"))
+    for name, source in (("large", "all-4"), ("small", "one-layer-5"), ("other", "all-4")):
+        pool.load(name, folders[source])
+        if name == "large":
+            pool.pin(name)
+    lease = pool.lease("other")
+    for used in (None, "small", "large"):
+        with running(pool, used):
+            for call in (lambda: pool.make_ready(lease), lambda: pool.pin("other")):
+                with pytest.raises(RuntimeError, match=PINNED):
+                    call()
+    assert where(pool) == {"large": "device", "small": "device", "other": "host"}
+    with running(pool, "large"):
+        # What is in use leaves some day, if it is not pinned, too.
+        pool.unpin("large")
+        assert not pool.make_ready(lease)
+        with pytest.raises(RuntimeError, match=r"the rest is pinned, or in use by requests$"):
+            pool.pin("other")
+        # What has lost its name is not pinned any more.
+        pool.pin("large")
+        pool.unload("large")
+        assert not pool.make_ready(lease)
+    assert pool.make_ready(lease)
+    assert_holds(pool, lease, folders["all-4"])
+
+
+@pytest.mark.parametrize(("pages", "slots"), [(10, 9), (99, 3)])
+def test_neither_pieces_nor_slots_are_waited_for_that_pinned_ones_keep(pages, slots, monkeypatch):
+    """Pages 4 to 7 of 10 are pinned: 4 and 2 are left for blocks of 1 and 5; or all slots are."""
+    features = {"0": (64, 192), "1": (64, 320)}
+    model = nn.Sequential(*(nn.Linear(*each) for each in features.values()))
+
+    def read(name, path, *_, **__):
+        k, n = features[path]
+        factors = {path: LoraFactors(torch.randn(1, k), torch.randn(n, 1), 1.0)}
+        return Adapter(name, path, factors, path, Path(path))
+
+    monkeypatch.setattr(pool_module, "read_adapter", read)
+    pool = AdapterPool(model, memory=pages * 64 * 4, host_memory="1MB", slots=slots)
+    for name in ("first", "second"):
+        pool.load(name, "0")
+    pool.pin("second")
+    pool.load("large", "1")
+    if slots == 3:
+        assert where(pool) == {"first": "host", "second": "device", "large": "device"}
+        pool.pin("large")
+        waiting = pool.lease("first")
+    else:
+        assert where(pool) == {"first": "device", "second": "device", "large": "host"}
+        waiting = pool.lease("large")
+    with pytest.raises(RuntimeError, match=PINNED):
+        pool.make_ready(waiting)
+    pool.unpin("second")
+    assert pool.make_ready(waiting)
 
 
 def test_a_pinned_adapter_stays_where_it_is(folders):

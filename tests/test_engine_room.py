@@ -90,9 +90,26 @@ def test_room_that_will_never_be_is_an_error_of_the_request(judge):
             "length",
             "error",
         ]
-        assert "what is on the device is pinned" in results[1].error
+        assert "there is too little beside what is pinned" in results[1].error
         engine.adapters.unpin("rs-8")
         assert ask(engine, [prompt_of(5)], "all-4", 4) == [judge.answer(prompt_of(5), "all-4", 4)]
+
+
+def test_one_that_may_leave_makes_nobody_wait_for_what_is_pinned(judge):
+    """And nobody waits behind a request that was told so."""
+    sizes = {info.name: info.bytes for info in make_pool(judge).list()}
+    with make(judge, "all-4", memory=sizes["all-4"] + sizes["one-layer-5"]) as engine:
+        engine.adapters.pin("all-4")
+        for name, source in (("small", "one-layer-5"), ("large", "all-4")):
+            engine.adapters.load(name, judge.folders[source])
+        assert [info.where for info in engine.adapters.list()] == ["device", "device", "disk"]
+        options = {**LONG, "max_new_tokens": 4}
+        names = ["large", "small", "all-4", None]
+        requests = [engine.submit(prompt_of(5), name, **options) for name in names]
+        results = [request.result(PATIENCE) for request in requests]
+        assert "large needs" in results[0].error
+        for result, source in zip(results[1:], ["one-layer-5", "all-4", None], strict=True):
+            assert result.token_ids == judge.answer(prompt_of(5), source, 4)
 
 
 def test_an_adapter_that_cannot_be_read_again_is_an_error_of_its_requests(judge, tmp_path):

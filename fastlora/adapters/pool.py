@@ -189,12 +189,14 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: there is no room for it while others are pinned or in use.
+            RuntimeError: there is no room for it while others are pinned or in use, which it says.
         """
         lease = self.lease(name)
         try:
             if not self.make_ready(lease):
-                raise RuntimeError(self._no_room_for(lease, "is pinned or in use"))
+                raise RuntimeError(
+                    self._no_room_for(lease, "the rest is pinned, or in use by requests")
+                )
             with self._lock:
                 assert lease._version is not None
                 lease._version.pinned = lease._version.named
@@ -297,7 +299,7 @@ class AdapterPool:
 
         Raises:
             AdapterError: it had to be read again, and that failed.
-            RuntimeError: there is no room, and will not be while what is on the device is pinned.
+            RuntimeError: beside what is pinned there is no room, even when all others have left.
         """
         version = lease._version
         if version is None:
@@ -306,9 +308,10 @@ class AdapterPool:
         with self._lock:
             # Somebody else may have ended the lease meanwhile.
             if lease._version is not None and not self._place(version):
-                others = (v for v in self._by_uid.values() if v.slot)
-                if all(other.pinned for other in others):
-                    raise RuntimeError(self._no_room_for(lease, "is pinned"))
+                if not self._fits_beside_pinned(version.pages):
+                    raise RuntimeError(
+                        self._no_room_for(lease, "there is too little beside what is pinned")
+                    )
                 return False
             self._trim_host()
             return self.hold(lease)
@@ -426,6 +429,15 @@ class AdapterPool:
                 trial.give_back(version.placement)
         return None
 
+    def _fits_beside_pinned(self, pages: Sequence[int]) -> bool:
+        """Return whether blocks fit when all have left that are not pinned: they will, some day."""
+        trial, slots = self._allocator.copy(), len(self._free_slots)
+        for version in self._by_uid.values():
+            if version.placement is not None and not version.pinned:
+                trial.give_back(version.placement)
+                slots += 1
+        return slots > 0 and trial.place(pages) is not None
+
     def _may_leave(self, version: Version) -> bool:
         return not (version.held or version.pinned) and version.free_from <= self._step
 
@@ -508,7 +520,7 @@ class AdapterPool:
     def _no_room_for(self, lease: Lease, what: str) -> str:
         assert lease._version is not None
         needed, total = size_of(self._bytes_of(lease._version)), size_of(self.memory_total)
-        return f"{lease.name} needs {needed} of {total}, and what is on the device {what}"
+        return f"{lease.name} needs {needed} of {total}, and {what}"
 
     def _named(self, name: str) -> Version:
         version = self._versions.get(name)
