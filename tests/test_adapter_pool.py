@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import threading
 from collections.abc import Iterator
@@ -599,6 +600,70 @@ def test_an_adapter_that_is_larger_than_the_pool_is_refused(folders):
     ):
         pool.load("all-4", folders["all-4"])
     assert where(pool) == {"qv-16": "device"}
+
+
+@contextlib.contextmanager
+def full(monkeypatch: pytest.MonkeyPatch, method: str, calls: int) -> Iterator[None]:
+    """Let a method of pools fail when it has been called so often."""
+    working, left = getattr(AdapterPool, method), itertools.count(calls, -1)
+
+    def fails(self, *args):
+        if not next(left):
+            raise torch.OutOfMemoryError("no memory is left")
+        return working(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterPool, method, fails)
+        yield
+
+
+def assert_is_consistent(pool: AdapterPool) -> None:
+    placed = [version for version in pool._by_uid.values() if version.slot]
+    assert pool.memory_used == sum(pool._bytes_of(version) for version in placed)
+    slots = [version.slot for version in placed]
+    assert sorted([*slots, *pool._free_slots]) == list(range(1, pool.slots))
+    assert {slot for factors in pool._factors for slot in factors} == set(slots)
+
+
+@pytest.mark.parametrize(
+    ("method", "calls"),
+    # The first of two that leave, the second, what comes; and what comes when half of it is there.
+    [("_settle", 0), ("_settle", 1), ("_settle", 2), ("_view", 5)],
+)
+@pytest.mark.parametrize("name", ["new", "pinned", "idle"])
+def test_a_load_that_fails_on_the_device_changes_no_name(name, method, calls, folders, monkeypatch):
+    sources = {"idle": "one-layer-5", "other": "qv-16", "pinned": "all-4"}
+    pool = pool_of(folders, memory=bytes_of(folders, *sources.values()), slots=4)
+    for each, source in sources.items():
+        pool.load(each, folders[source])
+    pool.pin("pinned")
+    before = [(info.name, info.rank, info.pinned) for info in pool.list()]
+    new = "rs-8" if name == "pinned" else "qv-16"
+    with full(monkeypatch, method, calls), pytest.raises(torch.OutOfMemoryError):
+        pool.load(name, folders[new])
+    assert [(info.name, info.rank, info.pinned) for info in pool.list()] == before
+    assert where(pool)["pinned"] == "device"
+    assert_is_consistent(pool)
+    for each, source in sources.items():
+        with running(pool, each) as lease:
+            assert_holds(pool, lease, folders[source])
+    pool.load(name, folders[new])
+    with running(pool, name) as lease:
+        assert_holds(pool, lease, folders[new])
+    assert_is_consistent(pool)
+
+
+@pytest.mark.parametrize(("method", "calls"), [("_settle", 0), ("_settle", 1), ("_view", 5)])
+def test_what_fails_on_its_way_to_the_device_may_come_again(method, calls, folders, monkeypatch):
+    pool = pool_of(folders, "rs-8", memory=bytes_of(folders, "rs-8"))
+    pool.load("all-4", folders["all-4"])
+    lease = pool.lease("rs-8")
+    with full(monkeypatch, method, calls), pytest.raises(torch.OutOfMemoryError):
+        pool.make_ready(lease)
+    assert (lease.slot, pool.slot_of(lease.uid), pool.hold(lease)) == (0, 0, False)
+    assert_is_consistent(pool)
+    assert pool.make_ready(lease)
+    assert_holds(pool, lease, folders["rs-8"])
 
 
 def test_names_are_checked(folders):

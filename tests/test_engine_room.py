@@ -129,6 +129,25 @@ def test_an_adapter_that_cannot_be_read_again_is_an_error_of_its_requests(judge,
                 assert result.token_ids == judge.answer(prompt_of(5), result.adapter, 4)
 
 
+def test_an_adapter_that_does_not_get_to_the_device_is_an_error_of_one_request(judge, monkeypatch):
+    """Neither that one nor those after it are answered by the base model, or with half of it."""
+    failures = itertools.count()
+    upload = AdapterPool._upload
+
+    def fails_at_first(*args):
+        if not next(failures):
+            raise torch.OutOfMemoryError("no memory is left")
+        upload(*args)
+
+    with one_at_a_time(judge, "rs-8", "all-4") as engine:
+        monkeypatch.setattr(AdapterPool, "_upload", fails_at_first)
+        options = {**LONG, "max_new_tokens": 8}
+        results = patiently(engine.generate, [prompt_of(5)] * 3, ["rs-8", "rs-8", None], **options)
+        assert results[0].error == "no memory is left"
+        for result in results[1:]:
+            assert result.token_ids == judge.answer(prompt_of(5), result.adapter, 8)
+
+
 def test_others_overtake_while_an_adapter_is_read(judge, monkeypatch):
     read, go_on = threading.Event(), threading.Event()
     read_adapter = engine_module.AdapterPool._bring_to_host

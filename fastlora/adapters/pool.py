@@ -17,6 +17,7 @@ S-LoRA (https://arxiv.org/abs/2311.03285) for the idea of paging rank rows.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import struct
 import threading
@@ -152,17 +153,18 @@ class AdapterPool:
 
         Raises:
             AdapterError: (a ``ValueError``) it cannot be used with this model, or is too large for
-                the pool; the message says why, and nothing else was changed.
+                the pool; the message says why. Whatever is raised, every name stands for what it
+                did before.
         """
         version = self._read(name, source)
         with self._lock:
             old = self._versions.get(name)
+            self._place_instead(version, old)
+            # Only now: until here anything may be raised, of a device that is full for example.
             self._versions[name] = version
             self._by_uid[version.uid] = version
             if old is not None:
-                version.pinned = old.pinned
                 self._retire(old)
-            self._place(version)
             self._trim_host()
             return self._info(version)
 
@@ -394,32 +396,60 @@ class AdapterPool:
             )
         version.host = self._pack(adapter, version)
 
-    def _place(self, version: Version) -> bool:
+    def _place_instead(self, version: Version, old: Version | None) -> None:
+        """Put a new version into the arena, if there is room, for which the old one may leave.
+
+        Where that fails, the old one is what it was.
+        """
+        if old is None:
+            self._place(version)
+            return
+        was_there, version.pinned, old.pinned = old.slot > 0, old.pinned, False
+        try:
+            self._place(version, old)
+        except BaseException:
+            old.pinned = version.pinned
+            if was_there:
+                with contextlib.suppress(Exception):
+                    self._place(old)
+            raise
+
+    def _place(self, version: Version, old: Version | None = None) -> bool:
         """Put a packed adapter into the arena, in the place of idle ones if need be."""
         if version.slot:
             return True
-        leaving = None if version.host is None else self._who_leaves_for(version.pages)
+        leaving = None if version.host is None else self._who_leaves_for(version.pages, old)
         if leaving is None:
             return False
         for each in leaving:
+            if each is old:
+                self._copy_to_host(each)
             self._evict(each)
         placement = self._allocator.place(version.pages)
         assert placement is not None, "it was tried"
-        version.placement, version.slot = placement, self._free_slots.pop()
+        slot = self._free_slots.pop()
+        try:
+            self._upload(version, placement, slot)
+        except BaseException:
+            self._free(slot, placement)
+            raise
         version.used = self._tick()
-        self._upload(version, placement)
-        self._in_slots = {}
+        # Last: who finds a slot may use it.
+        version.placement, version.slot = placement, slot
         return True
 
-    def _who_leaves_for(self, pages: Sequence[int]) -> Sequence[Version] | None:
+    def _who_leaves_for(
+        self, pages: Sequence[int], old: Version | None = None
+    ) -> Sequence[Version] | None:
         """Return the idle adapters that make room for blocks, the least recently used first.
 
-        ``None``: not even all of them do, and nobody has to leave for nothing.
+        ``None``: not even all of them do, and nobody has to leave for nothing. Before all others
+        goes the old version of what comes.
         """
         idle = [v for v in self._by_uid.values() if v.placement and self._may_leave(v)]
         if sum(pages) > self._allocator.free + sum(v.size for v in idle):
             return None
-        idle.sort(key=lambda version: version.used)
+        idle.sort(key=lambda version: (version is not old, version.used))
         trial = self._allocator.copy()
         for count in range(len(idle) + 1):
             if (self._free_slots or count) and trial.place(pages) is not None:
@@ -441,7 +471,7 @@ class AdapterPool:
     def _may_leave(self, version: Version) -> bool:
         return not (version.held or version.pinned) and version.free_from <= self._step
 
-    def _upload(self, version: Version, placement: Placement) -> None:
+    def _upload(self, version: Version, placement: Placement, slot: int) -> None:
         assert version.host is not None
         at = 0
         for first, pages in placement.extents:
@@ -453,18 +483,19 @@ class AdapterPool:
             page_a, page_b = placement.blocks[2 * i : 2 * i + 2]
             (bits,) = struct.unpack("<i", struct.pack("<f", block.scaling))
             rows[block.linear] = torch.tensor([page_a, page_b, block.rank, bits])
-            self._factors[block.linear][version.slot] = Factors(
+            self._factors[block.linear][slot] = Factors(
                 self._view(page_a, block.rank, block.k),
                 self._view(page_b, block.rank, block.n),
                 block.scaling,
             )
-        self.descriptors[:, version.slot] = rows.to(self.device)
+        self.descriptors[:, slot] = rows.to(self.device)
         self._settle()
         max_rank, targeted = self.reach
         while max_rank < version.rank:
             max_rank *= 2
         alike = [self._alike[block.linear] for block in version.blocks]
         self.reach = Reach(max_rank, targeted.union(*alike))
+        self._in_slots = {}
 
     def _settle(self) -> None:
         """Let what was written be there for other streams: of batches, and of other threads."""
@@ -474,22 +505,32 @@ class AdapterPool:
     def _view(self, page: int, rows: int, columns: int) -> Tensor:
         return self.arena[page * PAGE :][: rows * columns].view(rows, columns)
 
-    def _evict(self, version: Version) -> None:
-        """Take an adapter from the device; what could not be read again goes to the host."""
-        assert version.placement is not None
-        wanted = version.leases or (version.named and version.source is None)
-        if wanted and version.host is None:
+    def _copy_to_host(self, version: Version) -> None:
+        if version.host is None and version.placement is not None:
             extents = version.placement.extents
             parts = [self.arena[first * PAGE : (first + n) * PAGE] for first, n in extents]
             version.host = torch.cat(parts).cpu()
-        self._in_slots = {}
-        for block in version.blocks:
-            del self._factors[block.linear][version.slot]
-        self.descriptors[:, version.slot].zero_()
-        self._settle()
-        self._allocator.give_back(version.placement)
-        self._free_slots.append(version.slot)
+
+    def _evict(self, version: Version) -> None:
+        """Take an adapter from the device; what could not be read again goes to the host."""
+        placement, slot = version.placement, version.slot
+        assert placement is not None
+        if version.leases or (version.named and version.source is None):
+            self._copy_to_host(version)
         version.placement, version.slot = None, 0
+        self._in_slots = {}
+        try:
+            self.descriptors[:, slot].zero_()
+            self._settle()
+        finally:
+            self._free(slot, placement)
+
+    def _free(self, slot: int, placement: Placement) -> None:
+        """Take back what nobody finds any more; an upload writes all descriptors of its slot."""
+        for factors in self._factors:
+            factors.pop(slot, None)
+        self._allocator.give_back(placement)
+        self._free_slots.append(slot)
 
     def _retire(self, version: Version) -> None:
         """Let go of a version that has lost its name, as soon as nobody uses it."""
@@ -500,9 +541,11 @@ class AdapterPool:
             self._leaving.add(version)
             return
         self._leaving.discard(version)
-        if version.slot:
-            self._evict(version)
-        self._by_uid.pop(version.uid, None)
+        try:
+            if version.slot:
+                self._evict(version)
+        finally:
+            self._by_uid.pop(version.uid, None)
 
     def _trim_host(self) -> None:
         """Drop host copies beyond the room for them, the least recently used first."""
