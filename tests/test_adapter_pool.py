@@ -559,6 +559,23 @@ def test_the_groups_that_have_launches_are_of_the_kinds_that_adapters_had(folder
     assert pool.reach == before
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_inference_mode_is_of_a_call_and_not_of_the_pool(mode, folders):
+    """What was made in it may be written outside of it, and the other way round."""
+    with torch.inference_mode(mode):
+        pool = pool_of(folders, "all-4", memory=bytes_of(folders, "all-4"), host_memory="1MB")
+        pool.load("live", with_adapters(served_model(), {"live": SPECS["all-4"]}))
+        lease = pool.lease("all-4")
+    for inside in (not mode, mode, not mode):
+        with torch.inference_mode(inside):
+            assert pool.make_ready(lease)
+            assert_holds(pool, lease, folders["all-4"])
+            pool.give_back(lease)
+            with running(pool, "live"):
+                assert where(pool) == {"all-4": "host", "live": "device"}
+            lease = pool.lease("all-4")
+
+
 # What cannot be used.
 
 

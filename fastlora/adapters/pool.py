@@ -108,11 +108,13 @@ class AdapterPool:
             )
         plans.check_serving(self.device, self.dtype)
         self.slots = slots
-        self.arena = torch.empty(pages * PAGE, dtype=self.dtype, device=self.device)
-        # [linears, slots, 4]: page of A, page of B, rank, bits of the fp32 scaling.
-        self.descriptors = torch.zeros(
-            (len(self.names), slots, 4), dtype=torch.int32, device=self.device
-        )
+        # What is made in inference mode may be written in that alone; other threads write these.
+        with torch.inference_mode(False):
+            self.arena = torch.empty(pages * PAGE, dtype=self.dtype, device=self.device)
+            # [linears, slots, 4]: page of A, page of B, rank, bits of the fp32 scaling.
+            self.descriptors = torch.zeros(
+                (len(self.names), slots, 4), dtype=torch.int32, device=self.device
+            )
         self.reach = Reach(_LEAST_RANK, frozenset())
         self.grace = 0  # steps for which a batch may still be read after its requests are done
         self._allocator = PageAllocator(pages)
