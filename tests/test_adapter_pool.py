@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -574,6 +575,64 @@ def test_inference_mode_is_of_a_call_and_not_of_the_pool(mode, folders):
             with running(pool, "live"):
                 assert where(pool) == {"all-4": "host", "live": "device"}
             lease = pool.lease("all-4")
+
+
+def test_a_closed_pool_has_no_memory_and_still_names(folders):
+    names = ["all-4", "qv-16", "rs-8"]
+    memory = bytes_of(folders, *names[:2])
+    pool = pool_of(folders, *names[:2], memory=memory, host_memory="1MB")
+    pool.grace = 1
+    held, waiting, leaving = pool.lease("all-4"), pool.lease("qv-16"), pool.lease("qv-16")
+    assert pool.make_ready(held)
+    assert pool.make_ready(leaving)
+    pool.load("qv-16", folders["rs-8"])
+    pool.give_back(leaving)
+    pool.load("rs-8", with_adapters(served_model(), {"it": SPECS["rs-8"]}))
+    pool.activate("rs-8")
+    assert pool.host_memory_used
+    tensors = [weakref.ref(tensor) for tensor in (pool.arena, pool.descriptors)]
+    tensors += [weakref.ref(v.host) for v in pool._by_uid.values() if v.host is not None]
+    for _ in range(2):
+        pool.close()
+        assert [each() for each in tensors] == [None] * len(tensors)
+        assert (pool.memory_total, pool.memory_used, pool.host_memory_used) == (0, 0, 0)
+    assert where(pool) == dict.fromkeys(["all-4", "qv-16", "rs-8"], "disk")
+    assert [info.requests for info in pool.list()] == [1, 0, 0]
+    assert repr(pool).splitlines()[-1] == "closed"
+    assert (held.slot, pool.slot_of(held.uid), pool.has_adapters(0)) == (0, 0, False)
+    for call in (
+        lambda: pool.load("new", folders["all-4"]),
+        lambda: pool.pin("all-4"),
+        lambda: pool.lease("all-4"),
+        lambda: pool.make_ready(waiting),
+    ):
+        with pytest.raises(RuntimeError, match="the adapter pool is closed"):
+            call()
+    for lease in (held, waiting):
+        pool.give_back(lease)
+    for _ in range(2):
+        pool.advance()
+    pool.deactivate()
+    for name in names:
+        pool.unload(name)
+    assert not pool._by_uid
+    assert repr(pool).splitlines()[-1] == "closed"
+
+
+def test_what_is_read_while_the_pool_is_closed_is_forgotten(folders, monkeypatch):
+    pool = pool_of(folders, "all-4", memory=bytes_of(folders, "all-4"))
+    pool.load("other", folders["all-4"])
+    lease = pool.lease("all-4")
+
+    def slow(*args, **kwargs):
+        adapter = read_adapter(*args, **kwargs)
+        pool.close()
+        return adapter
+
+    monkeypatch.setattr(pool_module, "read_adapter", slow)
+    with pytest.raises(RuntimeError, match="the adapter pool is closed"):
+        pool.make_ready(lease)
+    assert pool.host_memory_used == 0
 
 
 # What cannot be used.

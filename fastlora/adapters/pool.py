@@ -133,6 +133,7 @@ class AdapterPool:
         self._clock = 0
         self._step = 0
         self._leaving: set[Version] = set()  # without name or lease, and perhaps still read
+        self._closed = False
         self._lock = threading.RLock()
 
     # What users do.
@@ -157,9 +158,12 @@ class AdapterPool:
             AdapterError: (a ``ValueError``) it cannot be used with this model, or is too large for
                 the pool; the message says why. Whatever is raised, every name stands for what it
                 did before.
+            RuntimeError: the pool is closed.
         """
+        self._check_open()
         version = self._read(name, source)
         with self._lock:
+            self._check_open()
             old = self._versions.get(name)
             self._place_instead(version, old)
             # Only now: until here anything may be raised, of a device that is full for example.
@@ -193,7 +197,8 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: there is no room for it while others are pinned or in use, which it says.
+            RuntimeError: there is no room for it while others are pinned or in use, which it says;
+                or the pool is closed.
         """
         lease = self.lease(name)
         try:
@@ -261,12 +266,39 @@ class AdapterPool:
 
     def __repr__(self) -> str:
         lines = table_of(self.list())
+        if self._closed:
+            return "\n".join([*lines, "closed"])
         used, total = size_of(self.memory_used), size_of(self.memory_total)
         dtype = str(self.dtype).removeprefix("torch.")
         lines.append(f"{used} of {total} on {self.device}, {dtype}")
         if on_host := self.host_memory_used:
             lines[-1] += f"; {size_of(on_host)} of copies in host memory"
         return "\n".join(lines)
+
+    def close(self) -> None:
+        """Give back all memory, of the device and of the host; again, it changes nothing.
+
+        An engine's pool is closed with it. Where there is none, no batch may run any more. Names
+        can still be listed, and leases be given back.
+        """
+        with self._lock:
+            self._closed = True
+            try:
+                if self.device.type == "cuda":
+                    # What was launched last may still read it, on whatever stream.
+                    torch.cuda.synchronize(self.device)
+            finally:
+                for version in self._by_uid.values():
+                    version.host, version.placement, version.slot = None, None, 0
+                for version in self._leaving:
+                    self._by_uid.pop(version.uid, None)
+                self._leaving.clear()
+                for factors in self._factors:
+                    factors.clear()
+                self._in_slots = {}
+                self._allocator, self._free_slots = PageAllocator(0), []
+                self.arena = self.arena.new_empty(0)
+                self.descriptors = self.descriptors.new_empty((len(self.names), 0, 4))
 
     # What an engine does.
 
@@ -275,10 +307,12 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
+            RuntimeError: the pool is closed.
         """
         if name is None:
             return Lease(None, 0)
         with self._lock:
+            self._check_open()
             version = self._named(name)
             version.leases += 1
             version.used = self._tick()
@@ -303,13 +337,15 @@ class AdapterPool:
 
         Raises:
             AdapterError: it had to be read again, and that failed.
-            RuntimeError: beside what is pinned there is no room, even when all others have left.
+            RuntimeError: beside what is pinned there is no room, even when all others have left;
+                or the pool is closed.
         """
         version = lease._version
         if version is None:
             return True
         self._bring_to_host(version)
         with self._lock:
+            self._check_open()
             # Somebody else may have ended the lease meanwhile.
             if lease._version is not None and not self._place(version):
                 if not self._fits_beside_pinned(version.pages):
@@ -387,6 +423,7 @@ class AdapterPool:
     def _bring_to_host(self, version: Version) -> None:
         """Read an adapter again that was dropped; without the lock."""
         with self._lock:
+            self._check_open()
             if version.slot or version.host is not None:
                 return
         assert version.source is not None, "what cannot be read again is never dropped"
@@ -396,7 +433,15 @@ class AdapterPool:
                 f"{version.name}: {version.shown} has changed since it was loaded; load it again "
                 "to use what is there now"
             )
-        version.host = self._pack(adapter, version)
+        values = self._pack(adapter, version)
+        with self._lock:
+            self._check_open()
+            version.host = values
+
+    def _check_open(self) -> None:
+        """Raise if the pool is closed; without the lock, too."""
+        if self._closed:
+            raise RuntimeError("the adapter pool is closed")
 
     def _place_instead(self, version: Version, old: Version | None) -> None:
         """Put a new version into the arena, if there is room, for which the old one may leave.
