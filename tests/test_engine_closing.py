@@ -149,6 +149,21 @@ def test_closing_makes_the_model_what_it_was(attention, judge):
     assert found == [judge.answer(prompt_of(5), "all-4", 4)]
 
 
+def test_closing_frees_the_memory_of_adapters_whoever_has_the_engine(judge):
+    engine = one_at_a_time(judge, "rs-8", "all-4")
+    ask(engine, [prompt_of(5)] * 2, ["rs-8", "all-4"], 4)
+    request = engine.submit(prompt_of(5), "all-4", **LONG)
+    arena = weakref.ref(engine.adapters.arena)
+    engine.close()
+    assert request.result(0).finish_reason == "cancelled"
+    assert arena() is None
+    assert engine.adapters.memory_total == 0
+    assert [info.where for info in engine.adapters.list()] == ["disk", "disk"]
+    assert repr(engine).endswith("closed")
+    with pytest.raises(RuntimeError, match="the adapter pool is closed"):
+        engine.adapters.load("rs-8", judge.folders["rs-8"])
+
+
 def test_whoever_calls_the_model_beside_the_engine_gets_the_base(judge):
     model = served_model(**WORDS)
     ids = torch.tensor([prompt_of(9)])

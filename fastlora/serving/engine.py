@@ -214,7 +214,10 @@ class Engine:
         return request
 
     def close(self) -> None:
-        """Stop generating, and make the model what it was; requests under way are cancelled."""
+        """Stop generating, and make the model what it was; requests under way are cancelled.
+
+        The memory of ``adapters`` is free then; they can still be listed.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -232,6 +235,7 @@ class Engine:
             for module in self._was_training:
                 module.training = True
             _open.discard(self)
+            self.adapters.close()
 
     # Of an engine that is not made yet.
     _closed = True
