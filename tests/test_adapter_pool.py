@@ -25,9 +25,9 @@ from hypothesis.stateful import (
 from serving_models import LINEARS, QKV, SPECS, changed, served_model, with_adapters
 from torch import Tensor, nn
 
-from fastlora import segmented
+from fastlora import segmented, segments
 from fastlora.adapters import pool as pool_module
-from fastlora.adapters import table
+from fastlora.adapters import table, versions
 from fastlora.adapters.adapter import Adapter, LoraFactors
 from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.files import read_adapter
@@ -320,6 +320,26 @@ def test_the_least_recently_used_leaves_first(folders):
         assert (places[name], places[leaves]) == ("device", "disk")
         assert list(places.values()).count("device") == 3
     assert pool.memory_used == pool.memory_total
+
+
+def test_pages_are_counted_when_an_adapter_is_loaded_and_not_of_all_when_one_leaves(
+    folders, monkeypatch
+):
+    pool = pool_of(folders, memory=20 * bytes_of(folders, "one-layer-5"))
+    for i in range(20):
+        pool.load(f"it-{i}", folders["one-layer-5"])
+    leases = [pool.lease(f"it-{i}") for i in range(20)]
+    counted = []
+
+    def pages_of(numel):
+        counted.append(numel)
+        return segments.pages_of(numel)
+
+    monkeypatch.setattr(versions, "pages_of", pages_of)
+    pool.load("new", folders["one-layer-5"])
+    assert len(counted) == 2 * 2 * 2  # A and B of two linears, as blocks and as they are packed
+    pool.make_ready(leases[0])
+    assert len(counted) == 2 * 2 * 2
 
 
 def test_nobody_leaves_for_nothing(folders):
