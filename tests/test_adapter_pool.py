@@ -221,10 +221,8 @@ def test_unknown_names_are_told_with_those_that_are_known(folders):
 
 def test_a_name_that_is_unloaded_is_gone_at_once_and_its_weights_when_nobody_uses_them(folders):
     pool = pool_of(folders, "all-4")
-    pool.activate("all-4")
     with running(pool, "all-4") as lease:
         pool.unload("all-4")
-        assert pool.active is None
         with pytest.raises(KeyError):
             pool.lease("all-4")
         assert pool.memory_used == bytes_of(folders, "all-4")
@@ -273,10 +271,17 @@ def test_the_active_adapter(folders):
     assert pool.active is None
     pool.activate("qv-16")
     assert pool.active == "qv-16"
-    pool.unload("all-4")
-    assert pool.active == "qv-16"
+    with pytest.raises(ValueError, match="qv-16 is active: deactivate it first, or activate anoth"):
+        pool.unload("qv-16")
+    assert (pool.active, list(pool)) == ("qv-16", ["all-4", "qv-16"])
+    pool.activate("all-4")
+    pool.unload("qv-16")
+    assert pool.active == "all-4"
+    pool.load("all-4", folders["rs-8"])
+    assert pool.active == "all-4"
     pool.deactivate()
     assert pool.active is None
+    pool.unload("all-4")
 
 
 def test_a_lease_of_the_base_model_is_nothing(folders):

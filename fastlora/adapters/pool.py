@@ -179,12 +179,13 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
+            ValueError: it is active: requests that name none would get the base model's answers.
         """
         with self._lock:
             version = self._named(name)
-            del self._versions[name]
             if self._active == name:
-                self._active = None
+                raise ValueError(f"{name} is active: deactivate it first, or activate another")
+            del self._versions[name]
             self._retire(version)
 
     def list(self) -> list[AdapterInfo]:
