@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import shutil
 import threading
@@ -25,6 +26,7 @@ from hypothesis.stateful import (
 from serving_models import LINEARS, QKV, SPECS, changed, served_model, with_adapters
 from torch import Tensor, nn
 
+import fastlora
 from fastlora import segmented, segments
 from fastlora.adapters import pool as pool_module
 from fastlora.adapters import table, versions
@@ -205,6 +207,35 @@ def test_a_live_model_is_a_source(folders, tmp_path):
         with running(pool, "it") as lease:
             assert where(pool) == {"it": "device", "other": "disk"}
             assert_holds(pool, lease, tmp_path / "it")
+
+
+def test_an_adapter_of_the_head_is_loaded_as_peft_saves_it(folders, tmp_path):
+    """With the head's own weight beside it, and also when it is read again."""
+    model, folder = served_model(), tmp_path / "default" / "it"
+    saved = with_adapters(served_model(), {"it": {"r": 4, "target_modules": ["lm_head"]}})
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
+        saved.save_pretrained(folder.parent)
+    saved.save_pretrained(tmp_path, save_embedding_layers=False)
+    with fastlora.Engine(model, {"it": folder}, adapter_memory="1MB") as engine:
+        pool = engine.adapters
+        assert type(model.lm_head) is not nn.Linear
+        pool._evict(pool._versions["it"])
+        pool._versions["it"].host = None
+        with running(pool, "it") as lease:
+            assert_holds(pool, lease, tmp_path / "it")
+    pool = AdapterPool(model, memory="1MB")
+    pool.load("it", folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    with pytest.raises(AdapterError, match="is not what the base model has there"):
+        pool.load("it", folder)
+    # The pool alone does not keep the model alive.
+    gone = weakref.ref(model)
+    del model, engine
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(AdapterError, match="no such weight to compare it with"):
+        pool.load("it", folder)
 
 
 # Names and versions.

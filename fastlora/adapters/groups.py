@@ -65,6 +65,21 @@ def groups_of(model: nn.Module, linears: dict[str, nn.Linear]) -> tuple[Group, .
     return tuple(found)
 
 
+def parameter_of(model: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter whose numbers can be looked at, ``None`` if a model has none of the name.
+
+    The name may come from anybody: no attribute but modules and parameters is looked up.
+    """
+    *path, last = name.split(".")
+    module: nn.Module | None = model
+    for each in path:
+        module = None if module is None else module._modules.get(each)
+    found = None if module is None else module._parameters.get(last)
+    # Not one that is quantized, or elsewhere.
+    is_plain = type(found) is nn.Parameter and found.is_floating_point() and not found.is_meta
+    return found if is_plain else None
+
+
 def last_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return the last parts of paths."""
     return tuple(name.rpartition(".")[2] for name in names)

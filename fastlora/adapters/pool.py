@@ -21,6 +21,7 @@ import contextlib
 import secrets
 import struct
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from fastlora import plans
 from fastlora.adapters.adapter import Adapter
 from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.files import read_adapter
-from fastlora.adapters.groups import dtype_of, groups_of, last_names, linears_of
+from fastlora.adapters.groups import dtype_of, groups_of, last_names, linears_of, parameter_of
 from fastlora.adapters.pages import PageAllocator, Placement
 from fastlora.adapters.table import AdapterInfo, bytes_of, size_of, table_of
 from fastlora.adapters.versions import Lease, Version, blocks_of, packed
@@ -89,6 +90,7 @@ class AdapterPool:
     ) -> None:
         linears = linears_of(model)
         weight = next(iter(linears.values())).weight
+        self._model = weakref.ref(model)  # whose weights a file may have in it
         self.device, self.dtype = weight.device, dtype_of(model, weight)
         self.groups = groups_of(model, linears)
         self.names = tuple(name for group in self.groups for name in group.names)
@@ -399,7 +401,7 @@ class AdapterPool:
 
     def _read(self, name: str, source: Any) -> Version:
         """Read and pack an adapter; without the lock."""
-        adapter = read_adapter(name, source, self.shapes, max_rank=MAX_RANK)
+        adapter = self._read_adapter(name, source)
         version = Version(
             name=name,
             uid=secrets.randbits(62) | 1,
@@ -418,6 +420,13 @@ class AdapterPool:
         version.host = self._pack(adapter, version)
         return version
 
+    def _read_adapter(self, name: str, source: Any) -> Adapter:
+        def own_weight(parameter: str) -> Tensor | None:
+            model = self._model()
+            return None if model is None else parameter_of(model, parameter)
+
+        return read_adapter(name, source, self.shapes, max_rank=MAX_RANK, own_weight=own_weight)
+
     def _pack(self, adapter: Adapter, version: Version) -> Tensor:
         return packed(adapter, version.size, self.dtype, pinned=self.device.type == "cuda")
 
@@ -428,7 +437,7 @@ class AdapterPool:
             if version.slot or version.host is not None:
                 return
         assert version.source is not None, "what cannot be read again is never dropped"
-        adapter = read_adapter(version.name, version.source, self.shapes, max_rank=MAX_RANK)
+        adapter = self._read_adapter(version.name, version.source)
         if adapter.fingerprint != version.fingerprint:
             raise AdapterError(
                 f"{version.name}: {version.shown} has changed since it was loaded; load it again "
