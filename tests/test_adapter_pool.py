@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import segmented, segments
-from fastlora.adapters import pool as pool_module
-from fastlora.adapters import table, versions
+from fastlora.adapters import reading, table, versions
 from fastlora.adapters.adapter import Adapter, LoraFactors
 from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.files import read_adapter
@@ -373,9 +372,9 @@ def test_pages_are_counted_when_an_adapter_is_loaded_and_not_of_all_when_one_lea
 
     monkeypatch.setattr(versions, "pages_of", pages_of)
     pool.load("new", folders["one-layer-5"])
-    assert len(counted) == 2 * 2 * 2  # A and B of two linears, as blocks and as they are packed
+    assert len(counted) == 2 * 2  # A and B of two linears
     pool.make_ready(leases[0])
-    assert len(counted) == 2 * 2 * 2
+    assert len(counted) == 2 * 2
 
 
 def test_nobody_leaves_for_nothing(folders):
@@ -480,7 +479,7 @@ def test_neither_pieces_nor_slots_are_waited_for_that_pinned_ones_keep(pages, sl
         factors = {path: LoraFactors(torch.randn(1, k), torch.randn(n, 1), 1.0)}
         return Adapter(name, path, factors, path, Path(path))
 
-    monkeypatch.setattr(pool_module, "read_adapter", read)
+    monkeypatch.setattr(reading, "read_adapter", read)
     pool = AdapterPool(model, memory=pages * 64 * 4, host_memory="1MB", slots=slots)
     for name in ("first", "second"):
         pool.load(name, "0")
@@ -685,7 +684,7 @@ def test_what_is_read_while_the_pool_is_closed_is_forgotten(folders, monkeypatch
         pool.close()
         return adapter
 
-    monkeypatch.setattr(pool_module, "read_adapter", slow)
+    monkeypatch.setattr(reading, "read_adapter", slow)
     with pytest.raises(RuntimeError, match="the adapter pool is closed"):
         pool.make_ready(lease)
     assert pool.host_memory_used == 0
@@ -989,7 +988,7 @@ def test_any_sequence_of_calls(monkeypatch):
             name, str(number), machines[0].sources[number], str(number), Path(str(number))
         )
 
-    monkeypatch.setattr(pool_module, "read_adapter", read)
+    monkeypatch.setattr(reading, "read_adapter", read)
     run_state_machine_as_test(
         Machine,
         settings=settings(

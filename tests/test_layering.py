@@ -63,7 +63,7 @@ INSIDE = {
     ],
     "adapters": [
         *("errors", "adapter", "config", "weights", "checks", "live", "files", "pages", "groups"),
-        *("table", "versions", "pool"),
+        *("table", "versions", "reading", "pool"),
     ],
     "serving": [
         *("penalties", "sampling", "attention", "linears", "requests", "manager", "batching"),

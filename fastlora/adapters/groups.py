@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,23 @@ class Group:
 
     names: tuple[str, ...]
     first: int
+
+
+class Reach(NamedTuple):
+    """What the launches of a batch are made for: all that adapters have asked for so far.
+
+    It only grows, so a server captures a CUDA graph a few times at most, and not with every load.
+
+    Attributes:
+        max_rank: at least the rank of every adapter on the device; a power of two.
+        targeted: the groups that are computed with adapters, by ``Group.first``: those whose names
+            (q, k and v; o; ...) an adapter has targeted, in whatever layer. Most adapters have q
+            and v alone, and launches that find nothing to do take as long as those that do: 3 us
+            each, six of a layer's eight (H200).
+    """
+
+    max_rank: int
+    targeted: frozenset[int]
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -80,9 +98,16 @@ def parameter_of(model: nn.Module, name: str) -> Tensor | None:
     return found if is_plain else None
 
 
-def last_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the last parts of paths."""
-    return tuple(name.rpartition(".")[2] for name in names)
+def alike_of(groups: Sequence[Group]) -> list[frozenset[int]]:
+    """Return of each linear the groups of its kind, in whatever layer, by ``Group.first``."""
+    alike: dict[tuple[str, ...], set[int]] = {}
+    for group in groups:
+        alike.setdefault(_last_names(group), set()).add(group.first)
+    return [frozenset(alike[_last_names(group)]) for group in groups for _ in group.names]
+
+
+def _last_names(group: Group) -> tuple[str, ...]:
+    return tuple(name.rpartition(".")[2] for name in group.names)
 
 
 def dtype_of(model: nn.Module, weight: Tensor) -> torch.dtype:

@@ -18,54 +18,32 @@ S-LoRA (https://arxiv.org/abs/2311.03285) for the idea of paging rank rows.
 from __future__ import annotations
 
 import contextlib
-import secrets
 import struct
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import plans
-from fastlora.adapters.adapter import Adapter
-from fastlora.adapters.errors import AdapterError
-from fastlora.adapters.files import read_adapter
-from fastlora.adapters.groups import dtype_of, groups_of, last_names, linears_of, parameter_of
+from fastlora.adapters.groups import Reach, alike_of, dtype_of, groups_of, linears_of
 from fastlora.adapters.pages import PageAllocator, Placement
+from fastlora.adapters.reading import Reader
 from fastlora.adapters.table import AdapterInfo, bytes_of, size_of, table_of
-from fastlora.adapters.versions import Lease, Version, blocks_of, packed
+from fastlora.adapters.versions import Lease, Version
 from fastlora.segmented import Adapters, Factors
 from fastlora.segments import PAGE
 
-MAX_RANK = 256
 _LEAST_RANK = 16
 _WHERE = ("device", "host", "disk")
-
-
-class Reach(NamedTuple):
-    """What the launches of a batch are made for: all that adapters have asked for so far.
-
-    It only grows, so a server captures a CUDA graph a few times at most, and not with every load.
-
-    Attributes:
-        max_rank: at least the rank of every adapter on the device; a power of two.
-        targeted: the groups that are computed with adapters, by ``Group.first``: those whose names
-            (q, k and v; o; ...) an adapter has targeted, in whatever layer. Most adapters have q
-            and v alone, and launches that find nothing to do take as long as those that do: 3 us
-            each, six of a layer's eight (H200).
-    """
-
-    max_rank: int
-    targeted: frozenset[int]
 
 
 class AdapterPool:
     """Many LoRA adapters next to one base model.
 
     It is also ``engine.adapters``; printed, it is a table. All methods may be called from any
-    thread, while requests run.
+    thread, while requests run. ``close`` gives its memory back, as closing an engine does.
 
     Args:
         model: the base model, without peft layers. Its linears are what adapters may target.
@@ -90,19 +68,14 @@ class AdapterPool:
     ) -> None:
         linears = linears_of(model)
         weight = next(iter(linears.values())).weight
-        self._model = weakref.ref(model)  # whose weights a file may have in it
         self.device, self.dtype = weight.device, dtype_of(model, weight)
         self.groups = groups_of(model, linears)
         self.names = tuple(name for group in self.groups for name in group.names)
         self.shapes = {
             name: (linears[name].out_features, linears[name].in_features) for name in self.names
         }
-        self._index = {name: i for i, name in enumerate(self.names)}
-        alike: dict[tuple[str, ...], set[int]] = {}
-        for group in self.groups:
-            alike.setdefault(last_names(group.names), set()).add(group.first)
-        # Of each linear, the groups of its kind.
-        self._alike = [frozenset(alike[last_names(g.names)]) for g in self.groups for _ in g.names]
+        self._reader = Reader(model, self.shapes, self.dtype, pinned=self.device.type == "cuda")
+        self._alike = alike_of(self.groups)
         pages = bytes_of(memory) // (PAGE * self.dtype.itemsize)
         if pages < 1 or slots < 2:
             raise ValueError(
@@ -163,7 +136,7 @@ class AdapterPool:
             RuntimeError: the pool is closed.
         """
         self._check_open()
-        version = self._read(name, source)
+        version = self._reader.read(name, source, self._allocator.pages)
         with self._lock:
             self._check_open()
             old = self._versions.get(name)
@@ -399,51 +372,13 @@ class AdapterPool:
 
     # Everything below is called with the lock held, unless it says otherwise.
 
-    def _read(self, name: str, source: Any) -> Version:
-        """Read and pack an adapter; without the lock."""
-        adapter = self._read_adapter(name, source)
-        version = Version(
-            name=name,
-            uid=secrets.randbits(62) | 1,
-            source=adapter.folder,
-            shown=adapter.source,
-            rank=adapter.rank,
-            targets=adapter.targets,
-            fingerprint=adapter.fingerprint,
-            blocks=blocks_of(adapter, self._index),
-        )
-        if version.size > self._allocator.pages:
-            raise AdapterError(
-                f"{name}: it takes {size_of(self._bytes_of(version))} in {self.dtype}, and the "
-                f"pool has {size_of(self.memory_total)} in all: give it more (adapter_memory)"
-            )
-        version.host = self._pack(adapter, version)
-        return version
-
-    def _read_adapter(self, name: str, source: Any) -> Adapter:
-        def own_weight(parameter: str) -> Tensor | None:
-            model = self._model()
-            return None if model is None else parameter_of(model, parameter)
-
-        return read_adapter(name, source, self.shapes, max_rank=MAX_RANK, own_weight=own_weight)
-
-    def _pack(self, adapter: Adapter, version: Version) -> Tensor:
-        return packed(adapter, version.size, self.dtype, pinned=self.device.type == "cuda")
-
     def _bring_to_host(self, version: Version) -> None:
         """Read an adapter again that was dropped; without the lock."""
         with self._lock:
             self._check_open()
             if version.slot or version.host is not None:
                 return
-        assert version.source is not None, "what cannot be read again is never dropped"
-        adapter = self._read_adapter(version.name, version.source)
-        if adapter.fingerprint != version.fingerprint:
-            raise AdapterError(
-                f"{version.name}: {version.shown} has changed since it was loaded; load it again "
-                "to use what is there now"
-            )
-        values = self._pack(adapter, version)
+        values = self._reader.read_again(version)
         with self._lock:
             self._check_open()
             version.host = values
