@@ -498,10 +498,16 @@ class AdapterPool:
         return self.arena[page * PAGE :][: rows * columns].view(rows, columns)
 
     def _copy_to_host(self, version: Version) -> None:
-        if version.host is None and version.placement is not None:
-            extents = version.placement.extents
-            parts = [self.arena[first * PAGE : (first + n) * PAGE] for first, n in extents]
-            version.host = torch.cat(parts).cpu()
+        if version.host is not None or version.placement is None:
+            return
+        # Piece by piece: the device may be full.
+        host = torch.empty(version.size * PAGE, dtype=self.dtype)
+        at = 0
+        for first, pages in version.placement.extents:
+            part = self.arena[first * PAGE : (first + pages) * PAGE]
+            host[at * PAGE : (at + pages) * PAGE].copy_(part)
+            at += pages
+        version.host = host
 
     def _evict(self, version: Version) -> None:
         """Take an adapter from the device; what could not be read again goes to the host."""
