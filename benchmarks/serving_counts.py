@@ -29,7 +29,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastlora import AdapterPool, plans, segmented_ops
-from fastlora.adapters.pool import Reach
+from fastlora.adapters.groups import Reach
 from fastlora.bench import counting
 from fastlora.bench.providers import DecoderLayer
 from fastlora.bench.shapes import INPUTS, MODELS, RANK, Linear, Model

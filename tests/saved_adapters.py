@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -89,7 +90,7 @@ def reweigh(folder: Path, change) -> None:
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
 
 
-def refusal(source: object, linears=LINEARS, name: str = "emoji", **options: int) -> str:
+def refusal(source: object, linears=LINEARS, name: str = "emoji", **options: Any) -> str:
     """Return why an adapter is refused, without its name."""
     with pytest.raises(AdapterError) as caught:
         read_adapter(name, source, linears, **options)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,17 @@ from hypothesis.stateful import (
 from serving_models import LINEARS, QKV, SPECS, changed, served_model, with_adapters
 from torch import Tensor, nn
 
-from fastlora import segmented
-from fastlora.adapters import pool as pool_module
+import fastlora
+from fastlora import segmented, segments
+from fastlora.adapters import reading, table, versions
 from fastlora.adapters.adapter import Adapter, LoraFactors
 from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.files import read_adapter
-from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.adapters.pool import AdapterPool
+from fastlora.adapters.versions import Lease
 
 MODEL = served_model()
+PINNED = r" needs .* of .*, and there is too little beside what is pinned$"
 SHAPES = {
     name: (module.out_features, module.in_features)
     for name, module in MODEL.named_modules()
@@ -163,7 +169,7 @@ def test_memory_is_counted(folders):
     ],
 )
 def test_sizes(size, expected):
-    assert pool_module._bytes(size) == expected
+    assert table.bytes_of(size) == expected
 
 
 @pytest.mark.parametrize("size", ["", "lots", "GB", "-1GB", "2 G", "1e9"])
@@ -202,6 +208,35 @@ def test_a_live_model_is_a_source(folders, tmp_path):
             assert_holds(pool, lease, tmp_path / "it")
 
 
+def test_an_adapter_of_the_head_is_loaded_as_peft_saves_it(folders, tmp_path):
+    """With the head's own weight beside it, and also when it is read again."""
+    model, folder = served_model(), tmp_path / "default" / "it"
+    saved = with_adapters(served_model(), {"it": {"r": 4, "target_modules": ["lm_head"]}})
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
+        saved.save_pretrained(folder.parent)
+    saved.save_pretrained(tmp_path, save_embedding_layers=False)
+    with fastlora.Engine(model, {"it": folder}, adapter_memory="1MB") as engine:
+        pool = engine.adapters
+        assert type(model.lm_head) is not nn.Linear
+        pool._evict(pool._versions["it"])
+        pool._versions["it"].host = None
+        with running(pool, "it") as lease:
+            assert_holds(pool, lease, tmp_path / "it")
+    pool = AdapterPool(model, memory="1MB")
+    pool.load("it", folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    with pytest.raises(AdapterError, match="is not what the base model has there"):
+        pool.load("it", folder)
+    # The pool alone does not keep the model alive.
+    gone = weakref.ref(model)
+    del model, engine
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(AdapterError, match="no such weight to compare it with"):
+        pool.load("it", folder)
+
+
 # Names and versions.
 
 
@@ -216,10 +251,8 @@ def test_unknown_names_are_told_with_those_that_are_known(folders):
 
 def test_a_name_that_is_unloaded_is_gone_at_once_and_its_weights_when_nobody_uses_them(folders):
     pool = pool_of(folders, "all-4")
-    pool.activate("all-4")
     with running(pool, "all-4") as lease:
         pool.unload("all-4")
-        assert pool.active is None
         with pytest.raises(KeyError):
             pool.lease("all-4")
         assert pool.memory_used == bytes_of(folders, "all-4")
@@ -268,10 +301,17 @@ def test_the_active_adapter(folders):
     assert pool.active is None
     pool.activate("qv-16")
     assert pool.active == "qv-16"
-    pool.unload("all-4")
-    assert pool.active == "qv-16"
+    with pytest.raises(ValueError, match="qv-16 is active: deactivate it first, or activate anoth"):
+        pool.unload("qv-16")
+    assert (pool.active, list(pool)) == ("qv-16", ["all-4", "qv-16"])
+    pool.activate("all-4")
+    pool.unload("qv-16")
+    assert pool.active == "all-4"
+    pool.load("all-4", folders["rs-8"])
+    assert pool.active == "all-4"
     pool.deactivate()
     assert pool.active is None
+    pool.unload("all-4")
 
 
 def test_a_lease_of_the_base_model_is_nothing(folders):
@@ -317,6 +357,26 @@ def test_the_least_recently_used_leaves_first(folders):
     assert pool.memory_used == pool.memory_total
 
 
+def test_pages_are_counted_when_an_adapter_is_loaded_and_not_of_all_when_one_leaves(
+    folders, monkeypatch
+):
+    pool = pool_of(folders, memory=20 * bytes_of(folders, "one-layer-5"))
+    for i in range(20):
+        pool.load(f"it-{i}", folders["one-layer-5"])
+    leases = [pool.lease(f"it-{i}") for i in range(20)]
+    counted = []
+
+    def pages_of(numel):
+        counted.append(numel)
+        return segments.pages_of(numel)
+
+    monkeypatch.setattr(versions, "pages_of", pages_of)
+    pool.load("new", folders["one-layer-5"])
+    assert len(counted) == 2 * 2  # A and B of two linears
+    pool.make_ready(leases[0])
+    assert len(counted) == 2 * 2
+
+
 def test_nobody_leaves_for_nothing(folders):
     memory = bytes_of(folders, "all-4", "qv-16")
     pool = pool_of(folders, "all-4", "qv-16", memory=memory)
@@ -351,18 +411,18 @@ def test_what_is_used_or_pinned_does_not_leave(folders):
     waiting = pool.lease("all-4")
     pool.pin("qv-16")
     with running(pool, "all-4") as lease:
-        pool.load("rs-8", folders["rs-8"])
-        assert where(pool) == {"all-4": "device", "qv-16": "device", "rs-8": "disk"}
-        other = pool.lease("rs-8")
+        pool.load("other", folders["all-4"])
+        assert where(pool) == {"all-4": "device", "qv-16": "device", "other": "disk"}
+        other = pool.lease("other")
         assert not pool.hold(other)
         assert not pool.make_ready(other)
-        with pytest.raises(RuntimeError, match=r"rs-8 needs .* on the device is pinned or in use"):
-            pool.pin("rs-8")
+        with pytest.raises(RuntimeError, match=r"other needs .* the rest is pinned, or in use"):
+            pool.pin("other")
         assert_holds(pool, lease, folders["all-4"])
     pool.unpin("qv-16")
     # What only waits does not keep others waiting, and loses nothing.
     assert pool.make_ready(other)
-    assert where(pool) == {"all-4": "host", "qv-16": "disk", "rs-8": "device"}
+    assert where(pool) == {"all-4": "host", "qv-16": "disk", "other": "device"}
     pool.give_back(other)
     assert pool.make_ready(waiting)
     assert_holds(pool, waiting, folders["all-4"])
@@ -373,10 +433,69 @@ def test_waiting_for_what_is_pinned_would_last_for_ever(folders):
     pool.pin("all-4")
     pool.load("qv-16", folders["qv-16"])
     lease = pool.lease("qv-16")
-    with pytest.raises(RuntimeError, match=r"qv-16 needs .* what is on the device is pinned$"):
-        pool.make_ready(lease)
+    for call in (lambda: pool.make_ready(lease), lambda: pool.pin("qv-16")):
+        with pytest.raises(RuntimeError, match=PINNED):
+            call()
     pool.unpin("all-4")
     assert pool.make_ready(lease)
+
+
+def test_one_that_may_leave_makes_nobody_wait_for_what_is_pinned(folders):
+    """When it has left, there is still too little room."""
+    pool = pool_of(folders, memory=bytes_of(folders, "all-4", "one-layer-5"))
+    for name, source in (("large", "all-4"), ("small", "one-layer-5"), ("other", "all-4")):
+        pool.load(name, folders[source])
+        if name == "large":
+            pool.pin(name)
+    lease = pool.lease("other")
+    for used in (None, "small", "large"):
+        with running(pool, used):
+            for call in (lambda: pool.make_ready(lease), lambda: pool.pin("other")):
+                with pytest.raises(RuntimeError, match=PINNED):
+                    call()
+    assert where(pool) == {"large": "device", "small": "device", "other": "host"}
+    with running(pool, "large"):
+        # What is in use leaves some day, if it is not pinned, too.
+        pool.unpin("large")
+        assert not pool.make_ready(lease)
+        with pytest.raises(RuntimeError, match=r"the rest is pinned, or in use by requests$"):
+            pool.pin("other")
+        # What has lost its name is not pinned any more.
+        pool.pin("large")
+        pool.unload("large")
+        assert not pool.make_ready(lease)
+    assert pool.make_ready(lease)
+    assert_holds(pool, lease, folders["all-4"])
+
+
+@pytest.mark.parametrize(("pages", "slots"), [(10, 9), (99, 3)])
+def test_neither_pieces_nor_slots_are_waited_for_that_pinned_ones_keep(pages, slots, monkeypatch):
+    """Pages 4 to 7 of 10 are pinned: 4 and 2 are left for blocks of 1 and 5; or all slots are."""
+    features = {"0": (64, 192), "1": (64, 320)}
+    model = nn.Sequential(*(nn.Linear(*each) for each in features.values()))
+
+    def read(name, path, *_, **__):
+        k, n = features[path]
+        factors = {path: LoraFactors(torch.randn(1, k), torch.randn(n, 1), 1.0)}
+        return Adapter(name, path, factors, path, Path(path))
+
+    monkeypatch.setattr(reading, "read_adapter", read)
+    pool = AdapterPool(model, memory=pages * 64 * 4, host_memory="1MB", slots=slots)
+    for name in ("first", "second"):
+        pool.load(name, "0")
+    pool.pin("second")
+    pool.load("large", "1")
+    if slots == 3:
+        assert where(pool) == {"first": "host", "second": "device", "large": "device"}
+        pool.pin("large")
+        waiting = pool.lease("first")
+    else:
+        assert where(pool) == {"first": "device", "second": "device", "large": "host"}
+        waiting = pool.lease("large")
+    with pytest.raises(RuntimeError, match=PINNED):
+        pool.make_ready(waiting)
+    pool.unpin("second")
+    assert pool.make_ready(waiting)
 
 
 def test_a_pinned_adapter_stays_where_it_is(folders):
@@ -496,6 +615,81 @@ def test_the_groups_that_have_launches_are_of_the_kinds_that_adapters_had(folder
     assert pool.reach == before
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_inference_mode_is_of_a_call_and_not_of_the_pool(mode, folders):
+    """What was made in it may be written outside of it, and the other way round."""
+    with torch.inference_mode(mode):
+        pool = pool_of(folders, "all-4", memory=bytes_of(folders, "all-4"), host_memory="1MB")
+        pool.load("live", with_adapters(served_model(), {"live": SPECS["all-4"]}))
+        lease = pool.lease("all-4")
+    for inside in (not mode, mode, not mode):
+        with torch.inference_mode(inside):
+            assert pool.make_ready(lease)
+            assert_holds(pool, lease, folders["all-4"])
+            pool.give_back(lease)
+            with running(pool, "live"):
+                assert where(pool) == {"all-4": "host", "live": "device"}
+            lease = pool.lease("all-4")
+
+
+def test_a_closed_pool_has_no_memory_and_still_names(folders):
+    names = ["all-4", "qv-16", "rs-8"]
+    memory = bytes_of(folders, *names[:2])
+    pool = pool_of(folders, *names[:2], memory=memory, host_memory="1MB")
+    pool.grace = 1
+    held, waiting, leaving = pool.lease("all-4"), pool.lease("qv-16"), pool.lease("qv-16")
+    assert pool.make_ready(held)
+    assert pool.make_ready(leaving)
+    pool.load("qv-16", folders["rs-8"])
+    pool.give_back(leaving)
+    pool.load("rs-8", with_adapters(served_model(), {"it": SPECS["rs-8"]}))
+    pool.activate("rs-8")
+    assert pool.host_memory_used
+    tensors = [weakref.ref(tensor) for tensor in (pool.arena, pool.descriptors)]
+    tensors += [weakref.ref(v.host) for v in pool._by_uid.values() if v.host is not None]
+    for _ in range(2):
+        pool.close()
+        assert [each() for each in tensors] == [None] * len(tensors)
+        assert (pool.memory_total, pool.memory_used, pool.host_memory_used) == (0, 0, 0)
+    assert where(pool) == dict.fromkeys(["all-4", "qv-16", "rs-8"], "disk")
+    assert [info.requests for info in pool.list()] == [1, 0, 0]
+    assert repr(pool).splitlines()[-1] == "closed"
+    assert (held.slot, pool.slot_of(held.uid), pool.has_adapters(0)) == (0, 0, False)
+    for call in (
+        lambda: pool.load("new", folders["all-4"]),
+        lambda: pool.pin("all-4"),
+        lambda: pool.lease("all-4"),
+        lambda: pool.make_ready(waiting),
+    ):
+        with pytest.raises(RuntimeError, match="the adapter pool is closed"):
+            call()
+    for lease in (held, waiting):
+        pool.give_back(lease)
+    for _ in range(2):
+        pool.advance()
+    pool.deactivate()
+    for name in names:
+        pool.unload(name)
+    assert not pool._by_uid
+    assert repr(pool).splitlines()[-1] == "closed"
+
+
+def test_what_is_read_while_the_pool_is_closed_is_forgotten(folders, monkeypatch):
+    pool = pool_of(folders, "all-4", memory=bytes_of(folders, "all-4"))
+    pool.load("other", folders["all-4"])
+    lease = pool.lease("all-4")
+
+    def slow(*args, **kwargs):
+        adapter = read_adapter(*args, **kwargs)
+        pool.close()
+        return adapter
+
+    monkeypatch.setattr(reading, "read_adapter", slow)
+    with pytest.raises(RuntimeError, match="the adapter pool is closed"):
+        pool.make_ready(lease)
+    assert pool.host_memory_used == 0
+
+
 # What cannot be used.
 
 
@@ -537,6 +731,70 @@ def test_an_adapter_that_is_larger_than_the_pool_is_refused(folders):
     ):
         pool.load("all-4", folders["all-4"])
     assert where(pool) == {"qv-16": "device"}
+
+
+@contextlib.contextmanager
+def full(monkeypatch: pytest.MonkeyPatch, method: str, calls: int) -> Iterator[None]:
+    """Let a method of pools fail when it has been called so often."""
+    working, left = getattr(AdapterPool, method), itertools.count(calls, -1)
+
+    def fails(self, *args):
+        if not next(left):
+            raise torch.OutOfMemoryError("no memory is left")
+        return working(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterPool, method, fails)
+        yield
+
+
+def assert_is_consistent(pool: AdapterPool) -> None:
+    placed = [version for version in pool._by_uid.values() if version.slot]
+    assert pool.memory_used == sum(pool._bytes_of(version) for version in placed)
+    slots = [version.slot for version in placed]
+    assert sorted([*slots, *pool._free_slots]) == list(range(1, pool.slots))
+    assert {slot for factors in pool._factors for slot in factors} == set(slots)
+
+
+@pytest.mark.parametrize(
+    ("method", "calls"),
+    # The first of two that leave, the second, what comes; and what comes when half of it is there.
+    [("_settle", 0), ("_settle", 1), ("_settle", 2), ("_view", 5)],
+)
+@pytest.mark.parametrize("name", ["new", "pinned", "idle"])
+def test_a_load_that_fails_on_the_device_changes_no_name(name, method, calls, folders, monkeypatch):
+    sources = {"idle": "one-layer-5", "other": "qv-16", "pinned": "all-4"}
+    pool = pool_of(folders, memory=bytes_of(folders, *sources.values()), slots=4)
+    for each, source in sources.items():
+        pool.load(each, folders[source])
+    pool.pin("pinned")
+    before = [(info.name, info.rank, info.pinned) for info in pool.list()]
+    new = "rs-8" if name == "pinned" else "qv-16"
+    with full(monkeypatch, method, calls), pytest.raises(torch.OutOfMemoryError):
+        pool.load(name, folders[new])
+    assert [(info.name, info.rank, info.pinned) for info in pool.list()] == before
+    assert where(pool)["pinned"] == "device"
+    assert_is_consistent(pool)
+    for each, source in sources.items():
+        with running(pool, each) as lease:
+            assert_holds(pool, lease, folders[source])
+    pool.load(name, folders[new])
+    with running(pool, name) as lease:
+        assert_holds(pool, lease, folders[new])
+    assert_is_consistent(pool)
+
+
+@pytest.mark.parametrize(("method", "calls"), [("_settle", 0), ("_settle", 1), ("_view", 5)])
+def test_what_fails_on_its_way_to_the_device_may_come_again(method, calls, folders, monkeypatch):
+    pool = pool_of(folders, "rs-8", memory=bytes_of(folders, "rs-8"))
+    pool.load("all-4", folders["all-4"])
+    lease = pool.lease("rs-8")
+    with full(monkeypatch, method, calls), pytest.raises(torch.OutOfMemoryError):
+        pool.make_ready(lease)
+    assert (lease.slot, pool.slot_of(lease.uid), pool.hold(lease)) == (0, 0, False)
+    assert_is_consistent(pool)
+    assert pool.make_ready(lease)
+    assert_holds(pool, lease, folders["rs-8"])
 
 
 def test_names_are_checked(folders):
@@ -730,7 +988,7 @@ def test_any_sequence_of_calls(monkeypatch):
             name, str(number), machines[0].sources[number], str(number), Path(str(number))
         )
 
-    monkeypatch.setattr(pool_module, "read_adapter", read)
+    monkeypatch.setattr(reading, "read_adapter", read)
     run_state_machine_as_test(
         Machine,
         settings=settings(

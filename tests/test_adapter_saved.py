@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import struct
 from pathlib import Path
 
+import peft
 import pytest
+import safetensors.torch
 import saved_adapters
 import torch
 from saved_adapters import (
@@ -22,11 +26,14 @@ from saved_adapters import (
     reweigh,
 )
 from tiny_models import tiny_model, tiny_peft
+from torch import nn
 
+from fastlora.adapters import checks
 from fastlora.adapters.adapter import Adapter, LoraFactors, check_name
 from fastlora.adapters.checks import PREFIX
 from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.files import WEIGHTS, read_adapter
+from fastlora.adapters.groups import parameter_of
 
 saved = saved_adapters.saved
 folder = saved_adapters.folder
@@ -66,15 +73,70 @@ def test_what_peft_saved_is_read_exactly(lora: dict[str, object], tmp_path: Path
     assert (adapter.name, adapter.source, adapter.folder) == ("emoji", str(tmp_path), tmp_path)
 
 
-def test_an_adapter_of_the_last_linear_is_read(tmp_path: Path) -> None:
-    model = tiny_peft(target_modules=["lm_head", "q_proj"])
+def saved_with_base_weights(model: peft.PeftModel, folder: Path) -> set[str]:
+    """Save an adapter as peft does by default, and return what else is in its file."""
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
+        model.save_pretrained(folder)
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    return {key.removeprefix(PREFIX) for key in tensors if "lora_" not in key}
+
+
+def own_weights_of(model: nn.Module):
+    return functools.partial(parameter_of, model)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_an_adapter_of_the_last_linear_is_read(tied, dtype, tmp_path: Path) -> None:
+    """With the weight of the base model that peft adds to its file."""
+    base = tiny_model(tie_word_embeddings=tied)
+    model = tiny_peft(model=copy.deepcopy(base), target_modules=["lm_head", "q_proj"]).to(dtype)
+    assert saved_with_base_weights(model, tmp_path) == {"lm_head.base_layer.weight"}
+    own = own_weights_of(base)
+    assert_is(read_adapter("emoji", tmp_path, LINEARS, own_weight=own), model)
+    message = refusal(tmp_path)
+    assert "lm_head.base_layer.weight': the base model has no such weight to compare" in message
+    assert "save_embedding_layers=False" in message
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     assert_is(read_adapter("emoji", tmp_path, LINEARS), model)
-    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
-        model.save_pretrained(tmp_path)
-    message = refusal(tmp_path)
-    assert "lm_head.base_layer.weight': weights of the base model" in message
-    assert "save_embedding_layers=False" in message
+
+
+def test_an_adapter_beside_a_resized_vocabulary_is_read(tmp_path: Path) -> None:
+    base = tiny_model()
+    base.resize_token_embeddings(67, mean_resizing=False)
+    model = tiny_peft(model=copy.deepcopy(base), target_modules=["q_proj"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    linears = linears_of(base)
+    assert_is(read_adapter("emoji", tmp_path, linears, own_weight=own_weights_of(base)), model)
+    message = refusal(tmp_path, own_weight=own_weights_of(tiny_model()))
+    assert "has shape [67, 32], and the base model's own [64, 32]; was its vocabulary" in message
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_weights_of_the_base_model_that_are_others_are_refused(at, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(checks, "_COMPARED_AT_ONCE", 100)
+    saved_with_base_weights(tiny_peft(target_modules=["lm_head", "q_proj"]), tmp_path)
+    base = tiny_model()
+    assert read_adapter("emoji", tmp_path, LINEARS, own_weight=own_weights_of(base))
+    with torch.no_grad():
+        base.lm_head.weight.view(-1)[at] += 1e-3
+    message = refusal(tmp_path, own_weight=own_weights_of(base))
+    assert "lm_head.base_layer.weight' is not what the base model has there" in message
+    base.lm_head.to("meta")
+    message = refusal(tmp_path, own_weight=own_weights_of(base))
+    assert "the base model has no such weight to compare it with" in message
+
+
+def test_a_file_of_nothing_but_weights_of_the_base_model_is_no_adapter(folder: Path) -> None:
+    base = tiny_model()
+
+    def only_base(tensors):
+        tensors.clear()
+        tensors[f"{PREFIX}lm_head.base_layer.weight"] = base.lm_head.weight.detach().clone()
+
+    reweigh(folder, only_base)
+    assert "it has no tensors of LoRA" in refusal(folder, own_weight=own_weights_of(base))
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])

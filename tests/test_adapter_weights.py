@@ -52,7 +52,7 @@ def other(suffix: str, shape: tuple[int, ...] = (4,)):
     [
         (other("self_attn.q_proj.lora_magnitude_vector"), "DoRA"),
         (other("self_attn.q_proj.lora_B.bias"), "biases"),
-        (other("self_attn.q_proj.base_layer.weight"), "weights of the base model"),
+        (other("self_attn.q_proj.base_layer.weight"), "no such weight to compare it with"),
         (other("embed_tokens.weight"), "save_embedding_layers=False"),
         (other("lm_head.modules_to_save.weight"), "trained whole"),
         (other("embed_tokens.lora_embedding_A", (4, 64)), "embedding"),

@@ -94,6 +94,7 @@ def outcome(capsys, status=0):
 @pytest.fixture
 def chat(engine, folder, capsys):
     """Hold a chat of some lines with two adapters, of which the first answers."""
+    engine.adapters.deactivate()
     for name in engine.adapters:
         engine.adapters.unload(name)
     for name in ("emoji", "nya"):
@@ -213,9 +214,9 @@ def test_compare_is_apart_from_the_conversation(chat, reference, monkeypatch):
 def test_load_list_and_unload(chat, folder, reference):
     path = folder / "with space"
     shutil.copytree(folder / "nya", path, dirs_exist_ok=True)
-    lines = ["/list", f"/load new {path}", "/use new", "/list", "hello", "/unload new", "/list"]
-    found = chat(*lines, "/clear", "hello")
-    assert found.told == []
+    lines = ["/list", f"/load new {path}", "/use new", "/list", "hello", "/unload new", "/base"]
+    found = chat(*lines, "/unload new", "/list", "/clear", "hello")
+    assert found.told == ["new answers now: /base first, or /use another"]
     tables = found.out.split("adapter ")[1:]
     assert [[row.split()[0] for row in each.splitlines()[1:3]] for each in tables] == [
         ["emoji", "nya"]
@@ -225,7 +226,6 @@ def test_load_list_and_unload(chat, folder, reference):
     assert row.endswith("active")
     assert "new is loaded: rank 4, q_proj" in tables[0]
     assert "active" not in tables[2]
-    # Whoever answered is gone: the base does.
     assert tables[1].splitlines()[-1] == reference("nya", "hello")
     assert found.out.splitlines()[-1] == reference(None, "hello")
 

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching import continuous_api
 
 import fastlora
 from fastlora.adapters.errors import AdapterError
+from fastlora.adapters.pool import AdapterPool
 from fastlora.serving import linears
 
 judge = small_engines.judge
@@ -47,6 +48,42 @@ def test_an_error_ends_requests_with_its_reason_and_the_engine_begins_again(judg
         assert all(info.requests == 0 for info in engine.adapters.list())
         assert own_threads() == [*threads, "fastlora-engine"]
     assert engine.model.config._attn_implementation == "eager"
+
+
+def test_an_engine_that_was_made_in_inference_mode_loads_and_answers(judge):
+    """Its threads are not in that mode, nor is whoever loads."""
+    with torch.inference_mode():
+        engine = one_at_a_time(judge, "rs-8", "all-4")
+        prompts, names = [prompt_of(5)] * 3, ["rs-8", "all-4", None]
+        found = [ask(engine, prompts, names, 4)]
+    with engine:
+        found.append(ask(engine, prompts, names, 4))
+        engine.adapters.load("rs-8", judge.folders["rs-8"])
+        found.append(ask(engine, prompts, names, 4))
+        engine.adapters.unload("all-4")
+    assert found == [judge.answers(prompts, names, 4)] * 3
+
+
+def test_an_error_of_giving_back_ends_neither_the_engine_nor_the_patience_of_others(
+    judge, monkeypatch, caplog
+):
+    """It is told, and the request has its answer."""
+
+    def broken(self, version):
+        raise RuntimeError("an unspecified launch failure")
+
+    with make(judge, "all-4", "rs-8") as engine:
+        request = engine.submit(prompt_of(5), "rs-8", **{**LONG, "max_new_tokens": 60})
+        with monkeypatch.context() as patched:
+            patched.setattr(AdapterPool, "_evict", broken)
+            engine.adapters.unload("rs-8")
+            result = request.result(PATIENCE)
+        assert result.token_ids == judge.answer(prompt_of(5), "rs-8", 60)
+        assert "launch failure" in caplog.text
+        assert request.id in caplog.text
+        manager = engine._manager
+        assert ask(engine, [prompt_of(5)], "all-4", 4) == [judge.answer(prompt_of(5), "all-4", 4)]
+        assert engine._manager is manager
 
 
 def test_an_engine_that_cannot_begin_says_why(judge, monkeypatch):
@@ -110,6 +147,21 @@ def test_closing_makes_the_model_what_it_was(attention, judge):
     with engine_of(model, judge.folders) as engine:
         found = ask(engine, [prompt_of(5)], "all-4", 4)
     assert found == [judge.answer(prompt_of(5), "all-4", 4)]
+
+
+def test_closing_frees_the_memory_of_adapters_whoever_has_the_engine(judge):
+    engine = one_at_a_time(judge, "rs-8", "all-4")
+    ask(engine, [prompt_of(5)] * 2, ["rs-8", "all-4"], 4)
+    request = engine.submit(prompt_of(5), "all-4", **LONG)
+    arena = weakref.ref(engine.adapters.arena)
+    engine.close()
+    assert request.result(0).finish_reason == "cancelled"
+    assert arena() is None
+    assert engine.adapters.memory_total == 0
+    assert [info.where for info in engine.adapters.list()] == ["disk", "disk"]
+    assert repr(engine).endswith("closed")
+    with pytest.raises(RuntimeError, match="the adapter pool is closed"):
+        engine.adapters.load("rs-8", judge.folders["rs-8"])
 
 
 def test_whoever_calls_the_model_beside_the_engine_gets_the_base(judge):

@@ -90,9 +90,26 @@ def test_room_that_will_never_be_is_an_error_of_the_request(judge):
             "length",
             "error",
         ]
-        assert "what is on the device is pinned" in results[1].error
+        assert "there is too little beside what is pinned" in results[1].error
         engine.adapters.unpin("rs-8")
         assert ask(engine, [prompt_of(5)], "all-4", 4) == [judge.answer(prompt_of(5), "all-4", 4)]
+
+
+def test_one_that_may_leave_makes_nobody_wait_for_what_is_pinned(judge):
+    """And nobody waits behind a request that was told so."""
+    sizes = {info.name: info.bytes for info in make_pool(judge).list()}
+    with make(judge, "all-4", memory=sizes["all-4"] + sizes["one-layer-5"]) as engine:
+        engine.adapters.pin("all-4")
+        for name, source in (("small", "one-layer-5"), ("large", "all-4")):
+            engine.adapters.load(name, judge.folders[source])
+        assert [info.where for info in engine.adapters.list()] == ["device", "device", "disk"]
+        options = {**LONG, "max_new_tokens": 4}
+        names = ["large", "small", "all-4", None]
+        requests = [engine.submit(prompt_of(5), name, **options) for name in names]
+        results = [request.result(PATIENCE) for request in requests]
+        assert "large needs" in results[0].error
+        for result, source in zip(results[1:], ["one-layer-5", "all-4", None], strict=True):
+            assert result.token_ids == judge.answer(prompt_of(5), source, 4)
 
 
 def test_an_adapter_that_cannot_be_read_again_is_an_error_of_its_requests(judge, tmp_path):
@@ -110,6 +127,25 @@ def test_an_adapter_that_cannot_be_read_again_is_an_error_of_its_requests(judge,
                 assert result.error.startswith("it: there is no folder")
             else:
                 assert result.token_ids == judge.answer(prompt_of(5), result.adapter, 4)
+
+
+def test_an_adapter_that_does_not_get_to_the_device_is_an_error_of_one_request(judge, monkeypatch):
+    """Neither that one nor those after it are answered by the base model, or with half of it."""
+    failures = itertools.count()
+    upload = AdapterPool._upload
+
+    def fails_at_first(*args):
+        if not next(failures):
+            raise torch.OutOfMemoryError("no memory is left")
+        upload(*args)
+
+    with one_at_a_time(judge, "rs-8", "all-4") as engine:
+        monkeypatch.setattr(AdapterPool, "_upload", fails_at_first)
+        options = {**LONG, "max_new_tokens": 8}
+        results = patiently(engine.generate, [prompt_of(5)] * 3, ["rs-8", "rs-8", None], **options)
+        assert results[0].error == "no memory is left"
+        for result in results[1:]:
+            assert result.token_ids == judge.answer(prompt_of(5), result.adapter, 8)
 
 
 def test_others_overtake_while_an_adapter_is_read(judge, monkeypatch):

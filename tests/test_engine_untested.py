@@ -7,8 +7,16 @@ import warnings
 
 import pytest
 import small_engines
-from serving_models import PATIENCE, Judge, ask, engine_of, prompts_of, served_model
-from small_engines import LONG, TOKENIZER, WORDS, make, one_at_a_time, prompt_of, until
+from serving_models import (
+    PATIENCE,
+    Judge,
+    ask,
+    engine_of,
+    patiently,
+    prompts_of,
+    served_model,
+)
+from small_engines import LONG, TOKENIZER, WORDS, make, make_pool, one_at_a_time, prompt_of, until
 from torch import nn
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
@@ -72,6 +80,29 @@ def test_without_continuous_batching_adapters_take_turns(judge, untested):
         ]
         assert results[0].token_ids == judge.answer(prompts[0], "rs-8", 6)
         assert all(info.requests == 0 for info in engine.adapters.list())
+
+
+def test_without_continuous_batching_nobody_waits_for_what_is_pinned(judge, untested):
+    sizes = {info.name: info.bytes for info in make_pool(judge).list()}
+    names = ["large", "small", "all-4"]
+    with make(judge, "all-4", memory=sizes["all-4"] + sizes["one-layer-5"]) as engine:
+        engine.adapters.pin("all-4")
+        for name, source in (("small", "one-layer-5"), ("large", "all-4")):
+            engine.adapters.load(name, judge.folders[source])
+        options = {**LONG, "max_new_tokens": 4}
+        results = patiently(engine.generate, [prompt_of(5)] * 3, names, **options)
+        assert "there is too little beside what is pinned" in results[0].error
+        for result, source in zip(results[1:], ["one-layer-5", "all-4"], strict=True):
+            assert result.token_ids == judge.answer(prompt_of(5), source, 4)
+
+
+def test_without_continuous_batching_what_others_hold_is_waited_for(judge, untested):
+    """As ``pin`` does for a moment."""
+    with one_at_a_time(judge, "rs-8", "all-4") as engine:
+        lease = engine.adapters.lease("rs-8")
+        assert engine.adapters.make_ready(lease)
+        threading.Timer(0.2, engine.adapters.give_back, [lease]).start()
+        assert ask(engine, [prompt_of(5)], "all-4", 4) == [judge.answer(prompt_of(5), "all-4", 4)]
 
 
 def test_without_continuous_batching_options_mean_the_same(judge, untested):

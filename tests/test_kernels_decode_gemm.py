@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import fastlora
 from fastlora import plans, segmented_ops
-from fastlora.adapters.pool import Reach
+from fastlora.adapters.groups import Reach
 from fastlora.bench.shapes import MODELS
 from fastlora.kernels import segmented_shrink
 from fastlora.kernels.decode_gemm import decode_gemm, prepare_decode_gemm

@@ -63,7 +63,8 @@ INSIDE = {
         "command",
     ],
     "adapters": [
-        *("errors", "adapter", "config", "weights", "checks", "live", "files", "pages", "pool"),
+        *("errors", "adapter", "config", "weights", "checks", "live", "files", "pages", "groups"),
+        *("table", "versions", "reading", "pool"),
     ],
     "serving": [
         *("penalties", "sampling", "attention", "linears", "stops", "requests", "manager"),

@@ -19,6 +19,9 @@ from fastlora.adapters.weights import DTYPES, Entry
 
 PREFIX = "base_model.model."  # peft's, before the path of every module
 _FACTOR = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<factor>lora_[AB])\.weight", re.DOTALL)
+# peft saves these, too, where lm_head or embed_tokens is a target or the vocabulary was resized.
+_BASE = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight", re.DOTALL)
+_COMPARED_AT_ONCE = 1 << 24  # numbers: a head has a billion, and is on a GPU that may be full
 _OTHER_TENSORS = {  # by what their names have in them
     ".modules_to_save.": "a module that was trained whole is not supported",
     ".original_module.": "a module that was trained whole is not supported",
@@ -29,12 +32,48 @@ _OTHER_TENSORS = {  # by what their names have in them
 }
 
 
+OwnWeight = Callable[[str], Tensor | None]  # by the name of the base model's parameter
+
+
 class _Fit(NamedTuple):
     """The names of one linear's two tensors, and its scaling."""
 
     lora_a: str
     lora_b: str
     scaling: float
+
+
+def base_weights(entries: Mapping[str, Entry], own_weight: OwnWeight) -> dict[str, Tensor]:
+    """Return which tensors are weights of the base model, and what the model has there itself.
+
+    Shapes are compared here, before anything is read, and numbers by ``check_base_weights``.
+    """
+    found: dict[str, Tensor] = {}
+    for key, entry in entries.items():
+        match = None if _FACTOR.fullmatch(key) else _BASE.fullmatch(key)
+        weight = match and own_weight(f"{match['path']}.weight")
+        if weight is None:
+            continue
+        if tuple(weight.shape) != entry.shape:
+            raise Refusal(
+                f"tensor {shown(key)} has shape {shown(list(entry.shape))}, and the base model's "
+                f"own {shown(list(weight.shape))}; was its vocabulary perhaps resized?"
+            )
+        found[key] = weight
+    return found
+
+
+def check_base_weights(own: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
+    """Check that weights of the base model in a file are the model's own, in the file's dtype."""
+    for key, weight in own.items():
+        theirs = tensor(key).flatten().split(_COMPARED_AT_ONCE)
+        ours = weight.detach().flatten().split(_COMPARED_AT_ONCE)
+        for its, mine in zip(theirs, ours, strict=True):
+            if not torch.equal(mine.to("cpu", its.dtype), its):
+                raise Refusal(
+                    f"tensor {shown(key)} is not what the base model has there: it was trained "
+                    "whole, and requests share the base model's, or the adapter is for another one"
+                )
 
 
 def check_tensors(
@@ -45,7 +84,7 @@ def check_tensors(
 ) -> dict[str, _Fit]:
     """Check names, dtypes and shapes of all tensors; returned by the path of their linear."""
     if not entries:
-        raise Refusal("it has no tensors")
+        raise Refusal("it has no tensors of LoRA")
     pairs = _pairs(entries, linears)
     with about(settings.where):
         ranks = by_module(settings.rank_pattern, pairs, "rank_pattern")
@@ -94,10 +133,9 @@ def _other_tensor(key: str) -> str:
     if not key.startswith(PREFIX):
         return f"its name does not begin with {PREFIX}, as peft writes it"
     if ".lora_" not in key:
-        # peft adds them by itself where lm_head or embed_tokens is a target.
         return (
-            "weights of the base model are not supported; if it was not trained, save the adapter "
-            "with save_pretrained(..., save_embedding_layers=False)"
+            "the base model has no such weight to compare it with; if it was not trained, save the "
+            "adapter with save_pretrained(..., save_embedding_layers=False)"
         )
     return "only lora_A.weight and lora_B.weight of linears are supported"
 

@@ -18,7 +18,14 @@ from pathlib import Path
 from torch import nn
 
 from fastlora.adapters.adapter import Adapter, check_name
-from fastlora.adapters.checks import check_tensors, factors_of, fingerprint_of
+from fastlora.adapters.checks import (
+    OwnWeight,
+    base_weights,
+    check_base_weights,
+    check_tensors,
+    factors_of,
+    fingerprint_of,
+)
 from fastlora.adapters.config import read_config, settings_of
 from fastlora.adapters.errors import AdapterError, Refusal, about, shown
 from fastlora.adapters.live import read_live
@@ -39,6 +46,7 @@ def read_adapter(
     linears: Mapping[str, tuple[int, int]],
     *,
     max_rank: int = MAX_RANK,
+    own_weight: OwnWeight = lambda name: None,
 ) -> Adapter:
     """Read an adapter and check that it fits the base model.
 
@@ -53,6 +61,9 @@ def read_adapter(
         linears: ``(N, K)``, out and in features, by the path of every linear of the base model that
             an adapter may target.
         max_rank: the largest rank that is accepted.
+        own_weight: returns a parameter of the base model by its name, ``None`` if there is none.
+            Files may have weights of the base model in them (peft adds those of a targeted
+            ``lm_head``), and are accepted if these are the model's own.
 
     Returns:
         The adapter. Linears that it lacks are not among its factors.
@@ -66,7 +77,7 @@ def read_adapter(
         if isinstance(source, nn.Module):
             return read_live(name, source, linears, max_rank)
         if isinstance(source, (str, os.PathLike)):
-            return _read_folder(name, source, linears, max_rank)
+            return _read_folder(name, source, linears, max_rank, own_weight)
         raise Refusal(f"a folder, a hub id or a peft model is needed, not {shown(source)}")
     except Refusal as refusal:
         raise AdapterError(f"{name}: {refusal.where}{refusal}") from refusal.__cause__
@@ -77,6 +88,7 @@ def _read_folder(
     source: str | os.PathLike[str],
     linears: Mapping[str, tuple[int, int]],
     max_rank: int,
+    own_weight: OwnWeight,
 ) -> Adapter:
     text = os.fspath(source)
     try:
@@ -88,8 +100,11 @@ def _read_folder(
                 settings = settings_of(read_config(config_file), CONFIG)
             with about(WEIGHTS):
                 entries = read_header(weights_file, len(linears))
-                fits = check_tensors(entries, settings, linears, max_rank)
+                own = base_weights(entries, own_weight)
+                others = {key: entry for key, entry in entries.items() if key not in own}
+                fits = check_tensors(others, settings, linears, max_rank)
                 data = read_data(weights_file, max(entry.end for entry in entries.values()))
+                check_base_weights(own, lambda key: view_of(data, entries[key]))
                 factors = factors_of(fits, lambda key: view_of(data, entries[key]))
             if [_stamp(file) for file in files] != before:
                 raise Refusal(f"{shown(str(folder))} was written to while it was read")

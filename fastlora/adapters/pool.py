@@ -17,164 +17,33 @@ S-LoRA (https://arxiv.org/abs/2311.03285) for the idea of paging rank rows.
 
 from __future__ import annotations
 
-import re
-import secrets
+import contextlib
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import plans
-from fastlora.adapters.adapter import Adapter
-from fastlora.adapters.errors import AdapterError
-from fastlora.adapters.files import read_adapter
+from fastlora.adapters.groups import Reach, alike_of, dtype_of, groups_of, linears_of
 from fastlora.adapters.pages import PageAllocator, Placement
-from fastlora.discovery import sibling_names
+from fastlora.adapters.reading import Reader
+from fastlora.adapters.table import AdapterInfo, bytes_of, size_of, table_of
+from fastlora.adapters.versions import Lease, Version
 from fastlora.segmented import Adapters, Factors
-from fastlora.segments import PAGE, pages_of
+from fastlora.segments import PAGE
 
-MAX_RANK = 256
 _LEAST_RANK = 16
 _WHERE = ("device", "host", "disk")
-# By how much one linear may multiply its input; trained adapters do by 1 to 1000. Below it nothing
-# overflows in fp32 or bf16, in a model that does not by itself: with 1e4 for the norm of an input,
-# gate times up is at most 1e24 for each of some 1e4 features, and down_proj makes 1e34 of them. A
-# NaN would reach other requests, whose attention is masked by adding to the scores of all of them.
-_LARGEST_CHANGE = 1e8
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What ``AdapterPool.list`` says of an adapter.
-
-    Attributes:
-        name: that requests give.
-        source: where it was loaded from.
-        rank: the largest of its ranks.
-        targets: names of the linears that it changes.
-        bytes: that it takes on the device.
-        where: ``"device"``, ``"host"`` or ``"disk"``.
-        requests: that use it now, or wait for it.
-        pinned: stays on the device.
-        active: used by requests that name no adapter.
-    """
-
-    name: str
-    source: str
-    rank: int
-    targets: str
-    bytes: int
-    where: str
-    requests: int
-    pinned: bool
-    active: bool
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linears of the model that share their input.
-
-    Attributes:
-        names: of the linears, in the order in which their parent calls them.
-        first: place of the first in the pool's tables; the others follow.
-    """
-
-    names: tuple[str, ...]
-    first: int
-
-
-class Reach(NamedTuple):
-    """What the launches of a batch are made for: all that adapters have asked for so far.
-
-    It only grows, so a server captures a CUDA graph a few times at most, and not with every load.
-
-    Attributes:
-        max_rank: at least the rank of every adapter on the device; a power of two.
-        targeted: the groups that are computed with adapters, by ``Group.first``: those whose names
-            (q, k and v; o; ...) an adapter has targeted, in whatever layer. Most adapters have q
-            and v alone, and launches that find nothing to do take as long as those that do: 3 us
-            each, six of a layer's eight (H200).
-    """
-
-    max_rank: int
-    targeted: frozenset[int]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One linear's part of an adapter: A, and then B."""
-
-    linear: int
-    rank: int
-    scaling: float
-    k: int
-    n: int
-
-
-@dataclass(eq=False)
-class _Version:
-    """One load of a name."""
-
-    name: str
-    uid: int
-    source: Path | None  # to read it again from; None for a live model
-    shown: str
-    rank: int
-    targets: str
-    fingerprint: str
-    blocks: list[_Block]
-    host: Tensor | None = None
-    slot: int = 0
-    placement: Placement | None = None
-    leases: int = 0
-    held: int = 0  # leases of requests that run: it stays where it is
-    pinned: bool = False
-    used: int = 0
-    free_from: int = 0  # the step from which on no launch reads it any more
-    named: bool = True
-
-    @property
-    def pages(self) -> list[int]:
-        """Pages of every block, A and B."""
-        return [
-            pages
-            for block in self.blocks
-            for pages in (pages_of(block.rank * block.k), pages_of(block.rank * block.n))
-        ]
-
-
-@dataclass(eq=False)
-class Lease:
-    """The right to use one version of an adapter, until it is given back.
-
-    Attributes:
-        name: of the adapter, ``None`` for the base model.
-        uid: of the version; another one for every load, also of the same name.
-    """
-
-    name: str | None
-    uid: int
-    _version: _Version | None = field(default=None, repr=False)
-    _holds: bool = field(default=False, repr=False)
-
-    @property
-    def slot(self) -> int:
-        """Its place in the tables; 0 for the base model, or while it is not on the device."""
-        version = self._version
-        return 0 if version is None else version.slot
 
 
 class AdapterPool:
     """Many LoRA adapters next to one base model.
 
     It is also ``engine.adapters``; printed, it is a table. All methods may be called from any
-    thread, while requests run.
+    thread, while requests run. ``close`` gives its memory back, as closing an engine does.
 
     Args:
         model: the base model, without peft layers. Its linears are what adapters may target.
@@ -197,32 +66,30 @@ class AdapterPool:
         host_memory: int | str | None = None,
         slots: int = 1024,
     ) -> None:
-        linears = _linears(model)
+        linears = linears_of(model)
         weight = next(iter(linears.values())).weight
-        self.device, self.dtype = weight.device, _dtype_of(model, weight)
-        self.groups = _groups(model, linears)
+        self.device, self.dtype = weight.device, dtype_of(model, weight)
+        self.groups = groups_of(model, linears)
         self.names = tuple(name for group in self.groups for name in group.names)
         self.shapes = {
             name: (linears[name].out_features, linears[name].in_features) for name in self.names
         }
-        self._index = {name: i for i, name in enumerate(self.names)}
-        alike: dict[tuple[str, ...], set[int]] = {}
-        for group in self.groups:
-            alike.setdefault(_last(group.names), set()).add(group.first)
-        # Of each linear, the groups of its kind.
-        self._alike = [frozenset(alike[_last(g.names)]) for g in self.groups for _ in g.names]
-        pages = _bytes(memory) // (PAGE * self.dtype.itemsize)
+        self._reader = Reader(model, self.shapes, self.dtype, pinned=self.device.type == "cuda")
+        self._alike = alike_of(self.groups)
+        pages = bytes_of(memory) // (PAGE * self.dtype.itemsize)
         if pages < 1 or slots < 2:
             raise ValueError(
                 f"there is no room for an adapter: memory is {memory!r}, slots is {slots}"
             )
         plans.check_serving(self.device, self.dtype)
         self.slots = slots
-        self.arena = torch.empty(pages * PAGE, dtype=self.dtype, device=self.device)
-        # [linears, slots, 4]: page of A, page of B, rank, bits of the fp32 scaling.
-        self.descriptors = torch.zeros(
-            (len(self.names), slots, 4), dtype=torch.int32, device=self.device
-        )
+        # What is made in inference mode may be written in that alone; other threads write these.
+        with torch.inference_mode(False):
+            self.arena = torch.empty(pages * PAGE, dtype=self.dtype, device=self.device)
+            # [linears, slots, 4]: page of A, page of B, rank, bits of the fp32 scaling.
+            self.descriptors = torch.zeros(
+                (len(self.names), slots, 4), dtype=torch.int32, device=self.device
+            )
         self.reach = Reach(_LEAST_RANK, frozenset())
         self.grace = 0  # steps for which a batch may still be read after its requests are done
         self._allocator = PageAllocator(pages)
@@ -233,14 +100,15 @@ class AdapterPool:
         self._in_slots: dict[int, tuple[tuple[int, ...], Adapters]] = {}
         on_gpu = self.device.type != "cpu"
         self._host_room = (
-            _bytes(memory if on_gpu else 0) if host_memory is None else _bytes(host_memory)
+            bytes_of(memory if on_gpu else 0) if host_memory is None else bytes_of(host_memory)
         )
-        self._versions: dict[str, _Version] = {}
-        self._by_uid: dict[int, _Version] = {}
+        self._versions: dict[str, Version] = {}
+        self._by_uid: dict[int, Version] = {}
         self._active: str | None = None
         self._clock = 0
         self._step = 0
-        self._leaving: set[_Version] = set()  # without name or lease, and perhaps still read
+        self._leaving: set[Version] = set()  # without name or lease, and perhaps still read
+        self._closed = False
         self._lock = threading.RLock()
 
     # What users do.
@@ -263,17 +131,21 @@ class AdapterPool:
 
         Raises:
             AdapterError: (a ``ValueError``) it cannot be used with this model, or is too large for
-                the pool; the message says why, and nothing else was changed.
+                the pool; the message says why. Whatever is raised, every name stands for what it
+                did before.
+            RuntimeError: the pool is closed.
         """
-        version = self._read(name, source)
+        self._check_open()
+        version = self._reader.read(name, source, self._allocator.pages)
         with self._lock:
+            self._check_open()
             old = self._versions.get(name)
+            self._place_instead(version, old)
+            # Only now: until here anything may be raised, of a device that is full for example.
             self._versions[name] = version
             self._by_uid[version.uid] = version
             if old is not None:
-                version.pinned = old.pinned
                 self._retire(old)
-            self._place(version)
             self._trim_host()
             return self._info(version)
 
@@ -282,12 +154,13 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
+            ValueError: it is active: requests that name none would get the base model's answers.
         """
         with self._lock:
             version = self._named(name)
-            del self._versions[name]
             if self._active == name:
-                self._active = None
+                raise ValueError(f"{name} is active: deactivate it first, or activate another")
+            del self._versions[name]
             self._retire(version)
 
     def list(self) -> list[AdapterInfo]:
@@ -300,12 +173,15 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: there is no room for it while others are pinned or in use.
+            RuntimeError: there is no room for it while others are pinned or in use, which it says;
+                or the pool is closed.
         """
         lease = self.lease(name)
         try:
             if not self.make_ready(lease):
-                raise RuntimeError(self._no_room_for(lease, "is pinned or in use"))
+                raise RuntimeError(
+                    self._no_room_for(lease, "the rest is pinned, or in use by requests")
+                )
             with self._lock:
                 assert lease._version is not None
                 lease._version.pinned = lease._version.named
@@ -365,34 +241,40 @@ class AdapterPool:
         return iter(list(self._versions))
 
     def __repr__(self) -> str:
-        rows = [("adapter", "rank", "size", "targets", "where", "requests", "")]
-        for info in self.list():
-            marks = ", ".join(
-                word for word, holds in (("active", info.active), ("pinned", info.pinned)) if holds
-            )
-            size = _size(info.bytes)
-            rows.append(
-                (
-                    info.name,
-                    str(info.rank),
-                    size,
-                    info.targets,
-                    info.where,
-                    str(info.requests),
-                    marks,
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        used, total = _size(self.memory_used), _size(self.memory_total)
+        lines = table_of(self.list())
+        if self._closed:
+            return "\n".join([*lines, "closed"])
+        used, total = size_of(self.memory_used), size_of(self.memory_total)
         dtype = str(self.dtype).removeprefix("torch.")
         lines.append(f"{used} of {total} on {self.device}, {dtype}")
         if on_host := self.host_memory_used:
-            lines[-1] += f"; {_size(on_host)} of copies in host memory"
+            lines[-1] += f"; {size_of(on_host)} of copies in host memory"
         return "\n".join(lines)
+
+    def close(self) -> None:
+        """Give back all memory, of the device and of the host; again, it changes nothing.
+
+        An engine's pool is closed with it. Where there is none, no batch may run any more. Names
+        can still be listed, and leases be given back.
+        """
+        with self._lock:
+            self._closed = True
+            try:
+                if self.device.type == "cuda":
+                    # What was launched last may still read it, on whatever stream.
+                    torch.cuda.synchronize(self.device)
+            finally:
+                for version in self._by_uid.values():
+                    version.host, version.placement, version.slot = None, None, 0
+                for version in self._leaving:
+                    self._by_uid.pop(version.uid, None)
+                self._leaving.clear()
+                for factors in self._factors:
+                    factors.clear()
+                self._in_slots = {}
+                self._allocator, self._free_slots = PageAllocator(0), []
+                self.arena = self.arena.new_empty(0)
+                self.descriptors = self.descriptors.new_empty((len(self.names), 0, 4))
 
     # What an engine does.
 
@@ -401,10 +283,12 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
+            RuntimeError: the pool is closed.
         """
         if name is None:
             return Lease(None, 0)
         with self._lock:
+            self._check_open()
             version = self._named(name)
             version.leases += 1
             version.used = self._tick()
@@ -429,18 +313,21 @@ class AdapterPool:
 
         Raises:
             AdapterError: it had to be read again, and that failed.
-            RuntimeError: there is no room, and will not be while what is on the device is pinned.
+            RuntimeError: beside what is pinned there is no room, even when all others have left;
+                or the pool is closed.
         """
         version = lease._version
         if version is None:
             return True
         self._bring_to_host(version)
         with self._lock:
+            self._check_open()
             # Somebody else may have ended the lease meanwhile.
             if lease._version is not None and not self._place(version):
-                others = (v for v in self._by_uid.values() if v.slot)
-                if all(other.pinned for other in others):
-                    raise RuntimeError(self._no_room_for(lease, "is pinned"))
+                if not self._fits_beside_pinned(version.pages):
+                    raise RuntimeError(
+                        self._no_room_for(lease, "there is too little beside what is pinned")
+                    )
                 return False
             self._trim_host()
             return self.hold(lease)
@@ -485,109 +372,76 @@ class AdapterPool:
 
     # Everything below is called with the lock held, unless it says otherwise.
 
-    def _read(self, name: str, source: Any) -> _Version:
-        """Read and pack an adapter; without the lock."""
-        adapter = read_adapter(name, source, self.shapes, max_rank=MAX_RANK)
-        blocks = [
-            _Block(
-                self._index[path],
-                factors.lora_a.shape[0],
-                factors.scaling,
-                factors.lora_a.shape[1],
-                factors.lora_b.shape[0],
-            )
-            for path, factors in adapter.factors.items()
-        ]
-        for path, factors in adapter.factors.items():
-            # The largest of what is computed one after the other: x A, that times B, and scaled.
-            change = _norm(factors.lora_a) * max(
-                1.0, _norm(factors.lora_b) * max(1.0, abs(factors.scaling))
-            )
-            if not change <= _LARGEST_CHANGE:
-                raise AdapterError(
-                    f"{name}: the weights of {path} are too large: they may multiply its input by "
-                    f"{change:.0e}, and at most {_LARGEST_CHANGE:.0e} is allowed"
-                )
-        version = _Version(
-            name=name,
-            uid=secrets.randbits(62) | 1,
-            source=adapter.folder,
-            shown=adapter.source,
-            rank=adapter.rank,
-            targets=adapter.targets,
-            fingerprint=adapter.fingerprint,
-            blocks=blocks,
-        )
-        needed = sum(version.pages)
-        if needed > self._allocator.pages:
-            raise AdapterError(
-                f"{name}: it takes {_size(self._bytes_of(version))} in {self.dtype}, and the pool "
-                f"has {_size(self.memory_total)} in all: give it more (adapter_memory)"
-            )
-        version.host = self._pack(adapter, version)
-        return version
-
-    def _pack(self, adapter: Adapter, version: _Version) -> Tensor:
-        """Return an adapter as it will lie in the arena: A and B of each block, in its dtype.
-
-        fp32 weights of a model in 16 bits are rounded here, once; without the lock.
-        """
-        packed = torch.zeros(
-            sum(version.pages) * PAGE, dtype=self.dtype, pin_memory=self.device.type == "cuda"
-        )
-        at = 0
-        for path, factors in adapter.factors.items():
-            for part, what in ((factors.lora_a, "lora_A"), (factors.lora_b.t(), "lora_B")):
-                place = packed[at : at + part.numel()].view(part.shape)
-                place.copy_(part)
-                if self.dtype == torch.float16 and not bool(place.isfinite().all()):
-                    raise AdapterError(
-                        f"{version.name}: {path}.{what} has values beyond the range of float16, "
-                        "the model's dtype"
-                    )
-                at += pages_of(part.numel()) * PAGE
-        return packed
-
-    def _bring_to_host(self, version: _Version) -> None:
+    def _bring_to_host(self, version: Version) -> None:
         """Read an adapter again that was dropped; without the lock."""
         with self._lock:
+            self._check_open()
             if version.slot or version.host is not None:
                 return
-        assert version.source is not None, "what cannot be read again is never dropped"
-        adapter = read_adapter(version.name, version.source, self.shapes, max_rank=MAX_RANK)
-        if adapter.fingerprint != version.fingerprint:
-            raise AdapterError(
-                f"{version.name}: {version.shown} has changed since it was loaded; load it again "
-                "to use what is there now"
-            )
-        version.host = self._pack(adapter, version)
+        values = self._reader.read_again(version)
+        with self._lock:
+            self._check_open()
+            version.host = values
 
-    def _place(self, version: _Version) -> bool:
+    def _check_open(self) -> None:
+        """Raise if the pool is closed; without the lock, too."""
+        if self._closed:
+            raise RuntimeError("the adapter pool is closed")
+
+    def _place_instead(self, version: Version, old: Version | None) -> None:
+        """Put a new version into the arena, if there is room, for which the old one may leave.
+
+        Where that fails, the old one is what it was.
+        """
+        if old is None:
+            self._place(version)
+            return
+        was_there, version.pinned, old.pinned = old.slot > 0, old.pinned, False
+        try:
+            self._place(version, old)
+        except BaseException:
+            old.pinned = version.pinned
+            if was_there:
+                with contextlib.suppress(Exception):
+                    self._place(old)
+            raise
+
+    def _place(self, version: Version, old: Version | None = None) -> bool:
         """Put a packed adapter into the arena, in the place of idle ones if need be."""
         if version.slot:
             return True
-        leaving = None if version.host is None else self._who_leaves_for(version.pages)
+        leaving = None if version.host is None else self._who_leaves_for(version.pages, old)
         if leaving is None:
             return False
         for each in leaving:
+            if each is old:
+                self._copy_to_host(each)
             self._evict(each)
         placement = self._allocator.place(version.pages)
         assert placement is not None, "it was tried"
-        version.placement, version.slot = placement, self._free_slots.pop()
+        slot = self._free_slots.pop()
+        try:
+            self._upload(version, placement, slot)
+        except BaseException:
+            self._free(slot, placement)
+            raise
         version.used = self._tick()
-        self._upload(version, placement)
-        self._in_slots = {}
+        # Last: who finds a slot may use it.
+        version.placement, version.slot = placement, slot
         return True
 
-    def _who_leaves_for(self, pages: Sequence[int]) -> Sequence[_Version] | None:
+    def _who_leaves_for(
+        self, pages: Sequence[int], old: Version | None = None
+    ) -> Sequence[Version] | None:
         """Return the idle adapters that make room for blocks, the least recently used first.
 
-        ``None``: not even all of them do, and nobody has to leave for nothing.
+        ``None``: not even all of them do, and nobody has to leave for nothing. Before all others
+        goes the old version of what comes.
         """
         idle = [v for v in self._by_uid.values() if v.placement and self._may_leave(v)]
-        if sum(pages) > self._allocator.free + sum(sum(v.pages) for v in idle):
+        if sum(pages) > self._allocator.free + sum(v.size for v in idle):
             return None
-        idle.sort(key=lambda version: version.used)
+        idle.sort(key=lambda version: (version is not old, version.used))
         trial = self._allocator.copy()
         for count in range(len(idle) + 1):
             if (self._free_slots or count) and trial.place(pages) is not None:
@@ -597,10 +451,19 @@ class AdapterPool:
                 trial.give_back(version.placement)
         return None
 
-    def _may_leave(self, version: _Version) -> bool:
+    def _fits_beside_pinned(self, pages: Sequence[int]) -> bool:
+        """Return whether blocks fit when all have left that are not pinned: they will, some day."""
+        trial, slots = self._allocator.copy(), len(self._free_slots)
+        for version in self._by_uid.values():
+            if version.placement is not None and not version.pinned:
+                trial.give_back(version.placement)
+                slots += 1
+        return slots > 0 and trial.place(pages) is not None
+
+    def _may_leave(self, version: Version) -> bool:
         return not (version.held or version.pinned) and version.free_from <= self._step
 
-    def _upload(self, version: _Version, placement: Placement) -> None:
+    def _upload(self, version: Version, placement: Placement, slot: int) -> None:
         assert version.host is not None
         at = 0
         for first, pages in placement.extents:
@@ -612,18 +475,19 @@ class AdapterPool:
             page_a, page_b = placement.blocks[2 * i : 2 * i + 2]
             (bits,) = struct.unpack("<i", struct.pack("<f", block.scaling))
             rows[block.linear] = torch.tensor([page_a, page_b, block.rank, bits])
-            self._factors[block.linear][version.slot] = Factors(
+            self._factors[block.linear][slot] = Factors(
                 self._view(page_a, block.rank, block.k),
                 self._view(page_b, block.rank, block.n),
                 block.scaling,
             )
-        self.descriptors[:, version.slot] = rows.to(self.device)
+        self.descriptors[:, slot] = rows.to(self.device)
         self._settle()
         max_rank, targeted = self.reach
         while max_rank < version.rank:
             max_rank *= 2
         alike = [self._alike[block.linear] for block in version.blocks]
         self.reach = Reach(max_rank, targeted.union(*alike))
+        self._in_slots = {}
 
     def _settle(self) -> None:
         """Let what was written be there for other streams: of batches, and of other threads."""
@@ -633,24 +497,40 @@ class AdapterPool:
     def _view(self, page: int, rows: int, columns: int) -> Tensor:
         return self.arena[page * PAGE :][: rows * columns].view(rows, columns)
 
-    def _evict(self, version: _Version) -> None:
-        """Take an adapter from the device; what could not be read again goes to the host."""
-        assert version.placement is not None
-        wanted = version.leases or (version.named and version.source is None)
-        if wanted and version.host is None:
-            extents = version.placement.extents
-            parts = [self.arena[first * PAGE : (first + n) * PAGE] for first, n in extents]
-            version.host = torch.cat(parts).cpu()
-        self._in_slots = {}
-        for block in version.blocks:
-            del self._factors[block.linear][version.slot]
-        self.descriptors[:, version.slot].zero_()
-        self._settle()
-        self._allocator.give_back(version.placement)
-        self._free_slots.append(version.slot)
-        version.placement, version.slot = None, 0
+    def _copy_to_host(self, version: Version) -> None:
+        if version.host is not None or version.placement is None:
+            return
+        # Piece by piece: the device may be full.
+        host = torch.empty(version.size * PAGE, dtype=self.dtype)
+        at = 0
+        for first, pages in version.placement.extents:
+            part = self.arena[first * PAGE : (first + pages) * PAGE]
+            host[at * PAGE : (at + pages) * PAGE].copy_(part)
+            at += pages
+        version.host = host
 
-    def _retire(self, version: _Version) -> None:
+    def _evict(self, version: Version) -> None:
+        """Take an adapter from the device; what could not be read again goes to the host."""
+        placement, slot = version.placement, version.slot
+        assert placement is not None
+        if version.leases or (version.named and version.source is None):
+            self._copy_to_host(version)
+        version.placement, version.slot = None, 0
+        self._in_slots = {}
+        try:
+            self.descriptors[:, slot].zero_()
+            self._settle()
+        finally:
+            self._free(slot, placement)
+
+    def _free(self, slot: int, placement: Placement) -> None:
+        """Take back what nobody finds any more; an upload writes all descriptors of its slot."""
+        for factors in self._factors:
+            factors.pop(slot, None)
+        self._allocator.give_back(placement)
+        self._free_slots.append(slot)
+
+    def _retire(self, version: Version) -> None:
         """Let go of a version that has lost its name, as soon as nobody uses it."""
         version.named = version.pinned = False
         if version.leases:
@@ -659,9 +539,11 @@ class AdapterPool:
             self._leaving.add(version)
             return
         self._leaving.discard(version)
-        if version.slot:
-            self._evict(version)
-        self._by_uid.pop(version.uid, None)
+        try:
+            if version.slot:
+                self._evict(version)
+        finally:
+            self._by_uid.pop(version.uid, None)
 
     def _trim_host(self) -> None:
         """Drop host copies beyond the room for them, the least recently used first."""
@@ -678,10 +560,10 @@ class AdapterPool:
 
     def _no_room_for(self, lease: Lease, what: str) -> str:
         assert lease._version is not None
-        needed, total = _size(self._bytes_of(lease._version)), _size(self.memory_total)
-        return f"{lease.name} needs {needed} of {total}, and what is on the device {what}"
+        needed, total = size_of(self._bytes_of(lease._version)), size_of(self.memory_total)
+        return f"{lease.name} needs {needed} of {total}, and {what}"
 
-    def _named(self, name: str) -> _Version:
+    def _named(self, name: str) -> Version:
         version = self._versions.get(name)
         if version is None:
             known = ", ".join(self._versions) or "none"
@@ -692,10 +574,10 @@ class AdapterPool:
         self._clock += 1
         return self._clock
 
-    def _bytes_of(self, version: _Version) -> int:
-        return sum(version.pages) * PAGE * self.dtype.itemsize
+    def _bytes_of(self, version: Version) -> int:
+        return version.size * PAGE * self.dtype.itemsize
 
-    def _info(self, version: _Version) -> AdapterInfo:
+    def _info(self, version: Version) -> AdapterInfo:
         place = 0 if version.slot else 1 if version.host is not None else 2
         return AdapterInfo(
             name=version.name,
@@ -708,72 +590,3 @@ class AdapterPool:
             pinned=version.pinned,
             active=self._active == version.name,
         )
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found: dict[str, nn.Linear] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            raise ValueError(
-                f"the model has peft layers ({name}): give the base model, and load the adapter "
-                "into the pool by its name"
-            )
-        if isinstance(module, nn.Linear):
-            found[name] = module
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no linear layers")
-    return found
-
-
-def _groups(model: nn.Module, linears: dict[str, nn.Linear]) -> tuple[Group, ...]:
-    """Return the linears in groups of up to four that share their input."""
-    groups: list[tuple[str, ...]] = []
-    grouped: set[str] = set()
-    for parent_name, parent in model.named_modules():
-        prefix = f"{parent_name}." if parent_name else ""
-        children = {name for name in parent._modules if prefix + name in linears}
-        for names in sibling_names(parent, children) if len(children) > 1 else ():
-            for start in range(0, len(names), 4):
-                group = tuple(prefix + name for name in names[start : start + 4])
-                groups.append(group)
-                grouped.update(group)
-    groups += [(name,) for name in linears if name not in grouped]
-    found: list[Group] = []
-    for names in groups:
-        found.append(Group(names, sum(len(group.names) for group in found)))
-    return tuple(found)
-
-
-def _last(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name.rpartition(".")[2] for name in names)
-
-
-def _dtype_of(model: nn.Module, weight: Tensor) -> torch.dtype:
-    """Return the dtype of activations: quantized weights have another."""
-    dtype = getattr(model, "dtype", weight.dtype)
-    return dtype if dtype.is_floating_point else torch.get_default_dtype()
-
-
-def _norm(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, (int, float)):
-        return int(size)
-    match = _SIZE.fullmatch(size.strip())
-    if match is None:
-        raise ValueError(f'a size is bytes, or such as "2GB" or "512MiB", not {size!r}')
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

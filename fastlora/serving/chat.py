@@ -166,6 +166,8 @@ class Chat:
         print(f"{name} is loaded: rank {info.rank}, {info.targets}; /use {name}", flush=True)
 
     def _unload(self, name: str) -> None:
+        if name == self.engine.adapters.active:
+            raise ValueError(f"{name} answers now: /base first, or /use another")
         self.engine.adapters.unload(name)
 
     def _list(self) -> None:

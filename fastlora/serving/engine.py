@@ -23,7 +23,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.adapters.pool import AdapterPool
+from fastlora.adapters.versions import Lease
 from fastlora.serving import batching as hooks
 from fastlora.serving.linears import attach, detach, refuse_attached
 from fastlora.serving.loading import (
@@ -226,7 +227,10 @@ class Engine:
         return request
 
     def close(self) -> None:
-        """Stop generating, and make the model what it was; requests under way are cancelled."""
+        """Stop generating, and make the model what it was; requests under way are cancelled.
+
+        The memory of ``adapters`` is free then; they can still be listed.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -246,6 +250,7 @@ class Engine:
             for module in self._was_training:
                 module.training = True
             _open.discard(self)
+            self.adapters.close()
 
     # Of an engine that is not made yet.
     _closed = True

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlora import segmented_ops
-from fastlora.adapters.pool import AdapterPool, Group, Reach
+from fastlora.adapters.groups import Group, Reach
+from fastlora.adapters.pool import AdapterPool
 from fastlora.segments import Segments
 
 BATCH = "fastlora_batch"  # by this name the model's forward may be handed the batch that it runs

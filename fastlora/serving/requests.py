@@ -8,17 +8,20 @@ brings the adapters of those that wait there, one after the other.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.adapters.pool import AdapterPool
+from fastlora.adapters.versions import Lease
 from fastlora.serving.stops import StopStrings
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+_logger = logging.getLogger(__name__)
 _CHILD = "__child#"  # in the ids of transformers, of all sequences of a request but the first
 # An adapter that an asynchronous batch has used may leave only a while after its requests ended.
 _RETRY_SECONDS = 0.05
@@ -303,12 +306,17 @@ class OpenRequests:
         error: str | None,
     ) -> None:
         with self._lock:
-            if all(request.has_ended(other) for other in request.names if other != name):
-                # Before anybody hears of the end.
-                self._open.pop(request.id, None)
-                self._pool.give_back(request._lease)
-                self._wake.set()
-            request.end(name, tokens, reason, None if reason == "cancelled" else error)
+            try:
+                if all(request.has_ended(other) for other in request.names if other != name):
+                    # Before anybody hears of the end.
+                    self._open.pop(request.id, None)
+                    self._wake.set()
+                    self._pool.give_back(request._lease)
+            except Exception:
+                # Of a broken device, which others will meet, too; this one has its answer.
+                _logger.exception("request %s is over, but not its use of its adapter", request.id)
+            finally:
+                request.end(name, tokens, reason, None if reason == "cancelled" else error)
 
     def _end_all(self, request: Request, reason: FinishReason, error: str | None) -> None:
         for name in request.names:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from fastlora.adapters.pool import AdapterPool, Lease
+from fastlora.adapters.pool import AdapterPool
+from fastlora.adapters.versions import Lease
 from fastlora.serving.linears import Routing, RowsOfSequences
 from fastlora.serving.options import Options
 from fastlora.serving.requests import FinishReason, Result
 from fastlora.serving.stops import StopStrings
 
 _MOST_ROWS = 64  # of one batch
+_RETRY_SECONDS = 0.05
 
 
 class RowsGenerator:
@@ -87,7 +90,7 @@ class RowsGenerator:
         leases: Mapping[int, Lease],
         decode: Callable[[list[int]], str],
     ) -> dict[int, list[Result]]:
-        """Return the answers to some of the prompts whose leases these are."""
+        """Return the answers to some of the prompts whose leases these are, perhaps to none yet."""
         if self._closed:
             return {i: _unanswered(options[i], leases[i], "cancelled") for i in leases}
         rows: list[int] = []
@@ -98,7 +101,10 @@ class RowsGenerator:
             except Exception as error:  # of this prompt alone
                 if not rows:
                     return {i: _unanswered(options[i], lease, "error", str(error))}
-        assert rows, "nobody else holds an adapter, and those that do not leave were told of"
+        if not rows:
+            # Somebody else holds one: ``AdapterPool.pin`` does for a moment.
+            time.sleep(_RETRY_SECONDS)
+            return {}
         answers = self._run([options[i] for i in rows], [leases[i].slot for i in rows])
         return {
             i: [_result(options[i], leases[i].name, answer, decode) for answer in each]
