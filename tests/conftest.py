@@ -58,6 +58,7 @@ def no_garbage_of_others() -> None:
     An engine that is closed collects twice: of ``test_engine_exactness.py``, in the middle of all
     tests, that was more than 20 of 29 s.
     """
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

@@ -222,6 +222,10 @@ def test_an_adapter_of_the_head_is_loaded_as_peft_saves_it(folders, tmp_path):
         pool._versions["it"].host = None
         with running(pool, "it") as lease:
             assert_holds(pool, lease, tmp_path / "it")
+    # The same base in another dtype, rounded once.
+    for dtype in (torch.bfloat16, torch.float16):
+        other = served_model().to(dtype)
+        AdapterPool(other, memory="1MB").load("it", folder)
     pool = AdapterPool(model, memory="1MB")
     pool.load("it", folder)
     with torch.no_grad():
@@ -632,6 +636,32 @@ def test_inference_mode_is_of_a_call_and_not_of_the_pool(mode, folders):
             lease = pool.lease("all-4")
 
 
+def test_a_name_that_is_loaded_while_it_is_pinned_is_pinned(folders, monkeypatch):
+    pool = pool_of(folders, "all-4")
+    make_ready = AdapterPool.make_ready
+
+    def late(self, lease):
+        monkeypatch.undo()
+        pool.load("all-4", folders["rs-8"])
+        return make_ready(self, lease)
+
+    monkeypatch.setattr(AdapterPool, "make_ready", late)
+    pool.pin("all-4")
+    (info,) = pool.list()
+    assert (info.rank, info.pinned, info.where) == (8, True, "device")
+
+
+def test_copies_for_those_that_wait_go_with_them(folders):
+    pool = pool_of(folders, "rs-8", memory=bytes_of(folders, "rs-8"), host_memory=0)
+    with running(pool, "rs-8"):
+        pool.load("all-4", folders["all-4"])
+        waits = pool.lease("all-4")
+        assert not pool.make_ready(waits)
+        assert pool.host_memory_used
+        pool.give_back(waits)
+        assert not pool.host_memory_used
+
+
 def test_a_closed_pool_has_no_memory_and_still_names(folders):
     names = ["all-4", "qv-16", "rs-8"]
     memory = bytes_of(folders, *names[:2])
@@ -647,8 +677,11 @@ def test_a_closed_pool_has_no_memory_and_still_names(folders):
     assert pool.host_memory_used
     tensors = [weakref.ref(tensor) for tensor in (pool.arena, pool.descriptors)]
     tensors += [weakref.ref(v.host) for v in pool._by_uid.values() if v.host is not None]
-    for _ in range(2):
+    with pytest.raises(RuntimeError, match="requests use adapters of this pool: close their eng"):
         pool.close()
+    assert all(each() is not None for each in tensors)
+    for close in (pool._close, pool.close):  # the first as an engine does
+        close()
         assert [each() for each in tensors] == [None] * len(tensors)
         assert (pool.memory_total, pool.memory_used, pool.host_memory_used) == (0, 0, 0)
     assert where(pool) == dict.fromkeys(["all-4", "qv-16", "rs-8"], "disk")

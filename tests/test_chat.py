@@ -261,34 +261,29 @@ def test_what_is_wrong_is_told_in_one_line_each_and_the_chat_goes_on(chat, folde
         assert told in line
 
 
-class FakeRequest:
-    """A request that gives some pieces of text."""
-
-    def __init__(self, pieces, error=None):
-        self.pieces, self.error, self.cancelled = pieces, error, False
-
-    def __iter__(self):
-        return iter(self.pieces)
-
-    def cancel(self):
-        self.cancelled = True
-
-    def result(self):
-        return SimpleNamespace(error=self.error, finish_reason="cancelled")
-
-
 def test_an_answer_that_fails_is_told_and_its_question_forgotten(chat, reference, monkeypatch):
+    """On a line of its own; the next question is answered by a new loop."""
     submit = Engine.submit
 
     def fail(self, prompt, *rest, **options):
-        if prompt[-1]["content"] == "fail":
-            return FakeRequest(["Well,"], error="no memory\nfor that")
-        return submit(self, prompt, *rest, **options)
+        request = submit(self, prompt, *rest, **options)
+        if prompt[-1]["content"] != "fail":
+            return request
+        run = self._manager.batch_processor.model_runner.compute_batch
+
+        def once(*args):
+            if request._tokens.get(request.id):
+                raise RuntimeError("no memory\nfor that")
+            run(*args)
+
+        monkeypatch.setattr(self._manager.batch_processor.model_runner, "compute_batch", once)
+        return request
 
     monkeypatch.setattr(Engine, "submit", fail)
     found = chat("fail", "hello")
-    assert found.told == ["no memory for that"]
-    assert found.out == f"Well,\n{reference('emoji', 'hello')}\n"
+    assert len(found.told) == 1
+    assert "no memory for that" in found.told[0]
+    assert found.out.partition("\n")[2] == f"{reference('emoji', 'hello')}\n"
 
 
 def test_help_names_every_command(chat):
@@ -322,16 +317,16 @@ SLOW = """
 import time
 from fastlora.serving.linears import Routing
 
-def slowly(*arguments, enter=Routing.enter):
+def slowly(*arguments, begin=Routing.begin):
     time.sleep(0.005)
-    return enter(*arguments)
+    return begin(*arguments)
 
-Routing.enter = slowly
+Routing.begin = slowly
 """
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(chat, submitted, monkeypatch, reference, request):
-    monkeypatch.setattr(Routing, "enter", Routing.enter)  # taken back afterwards
+    monkeypatch.setattr(Routing, "begin", Routing.begin)  # taken back afterwards
     exec(SLOW, {})
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
@@ -444,6 +439,22 @@ def test_an_answer_in_plain_text_ends_where_it_goes_on_for_the_user(
     assert request.cancelled
     chat.talk(["/compare"])
     assert capsys.readouterr().out == side_by_side({"base": shown.strip()}, 20) + "\n"
+
+
+class FakeRequest:
+    """A request that gives some pieces of text."""
+
+    def __init__(self, pieces):
+        self.pieces, self.cancelled = pieces, False
+
+    def __iter__(self):
+        return iter(self.pieces)
+
+    def cancel(self):
+        self.cancelled = True
+
+    def result(self):
+        return SimpleNamespace(finish_reason="cancelled")
 
 
 class FakeAdapters(dict):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+
 import pytest
 import small_engines
 import torch
@@ -43,8 +46,15 @@ def test_tensors_and_arrays_are_prompts(shared, judge):
         tuple(tokens),
         iter([tokens]),
         torch.tensor(tokens).numpy(),
+        list(torch.tensor(tokens).numpy()),
+        list(torch.tensor(tokens)),
     ):
         assert ask(shared, prompts, None, 4) == [expected]
+        if not isinstance(prompts, Iterator):  # which has been read
+            result = shared.submit(prompts, None, max_new_tokens=4, ignore_eos=True).result()
+            assert result.token_ids == expected
+    with pytest.raises(ValueError, match="one prompt is needed, not 2"):
+        shared.submit([tokens, tokens])
 
 
 def test_a_result_says_all(shared, judge):
@@ -110,6 +120,17 @@ def test_what_others_do_with_the_tokenizer_changes_no_prompt(shared, judge):
         assert ask(shared, [text], None, 3) == [expected]
     finally:
         TOKENIZER._tokenizer.no_truncation()
+
+
+def test_a_chat_template_that_is_changed_is_followed(judge):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    message = {"role": "user", "content": "hi"}
+    with make(judge) as engine:
+        engine.tokenizer = tokenizer
+        ask(engine, message, None, 1)
+        tokenizer.chat_template = "{{ messages[0].content }}!"
+        expected = judge.answer(TOKENIZER("hi!")["input_ids"], "all-4", 4)
+        assert ask(engine, message, "all-4", 4) == [expected]
 
 
 def test_the_prompt_that_is_wrong_is_named(shared):
@@ -282,6 +303,11 @@ def test_how_long_answers_are(judge):
         ({"max_new_tokens": True}, ValueError, "max_new_tokens is a whole number, not True"),
         ({"eos_token_id": "x"}, ValueError, "eos_token_id is a token id or a list of them"),
         ({"eos_token_id": 1.5}, ValueError, "eos_token_id is a token id or a list of them"),
+        ({"top_k": 2.9}, ValueError, "top_k is a whole number, not 2.9"),
+        ({"temperature": [1]}, ValueError, r"temperature is a number, not \[1\]"),
+        ({"min_p": "x"}, ValueError, "min_p is a number, not 'x'"),
+        ({"chat_template_kwargs": "x"}, ValueError, "chat_template_kwargs is a mapping"),
+        ({"chat_template_kwargs": {"tokenize": 1}}, ValueError, "without tokenize"),
         ({"temperature": -1.0}, ValueError, "temperature must be 0 or more, got -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature must be 0 or more, got nan"),
         ({"temperature": float("inf")}, ValueError, "temperature must be 0 or more, got inf"),

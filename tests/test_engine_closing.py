@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from transformers.generation.continuous_batching import continuous_api
 import fastlora
 from fastlora.adapters.errors import AdapterError
 from fastlora.adapters.pool import AdapterPool
-from fastlora.serving import linears
+from fastlora.serving import batching, linears
 
 judge = small_engines.judge
 
@@ -190,6 +191,35 @@ def test_forwards_of_others_take_turns_with_the_engine_s(judge):
         assert calls > 3
         assert request.result().token_ids == judge.answer(prompt_of(5), "all-4", 400)
     assert model.config.to_dict() == config
+
+
+@pytest.mark.filterwarnings("ignore:this one is not known")
+@pytest.mark.parametrize("calls", ["the model", "generate"])
+def test_a_forward_that_is_interrupted_ends_its_batch(calls, judge, monkeypatch):
+    """Ctrl-C comes inside of it; then nobody waits for its turn, and the base is the base."""
+    model = served_model(**WORDS)
+    ids = torch.tensor([prompt_of(9)])
+    before = model(ids).logits
+    interrupts = [True]
+
+    def interrupt(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and interrupts.pop():
+            raise KeyboardInterrupt
+
+    with engine_of(model, judge.folders) as engine:
+        ask(engine, [prompt_of(5)], "all-4", 2)
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        call = functools.partial(model, ids)
+        if calls == "generate":
+            monkeypatch.setattr(batching, "unsupported_reason", lambda: "this one is not known")
+            call = functools.partial(engine.generate, [prompt_of(5)], "all-4", max_new_tokens=3)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        monkeypatch.undo()
+        handle.remove()
+        assert torch.equal(model(ids).logits, before)
+        # In another thread, as the engine's own is.
+        assert ask(engine, [prompt_of(5)], "all-4", 4) == [judge.answer(prompt_of(5), "all-4", 4)]
 
 
 def test_who_waits_for_an_adapter_when_the_engine_has_died_is_told(judge):

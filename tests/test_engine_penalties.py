@@ -118,16 +118,17 @@ def _request(name: str, tokens: list[int], factor: float) -> Any:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_places_change_hands_and_scores_are_those_of_transformers(data):
-    """Requests come, pause and come back in any order; at most two at a time, of seven."""
-    vocabulary, names = 19, "abcdefg"
+    """Requests come, pause and come back in any order; at most two at a time, of twelve."""
+    vocabulary, names = 19, "abcdefghijkl"
     penalty = RepetitionPenalty(vocabulary + 3, CPU)
     penalty.rows = 2
     processors = SamplingProcessors(vocabulary, penalty)
     processors.penalizing = True
-    factors = {name: data.draw(st.sampled_from([1.0, 0.5, 1.5]), name) for name in names}
+    factors = {name: data.draw(st.sampled_from([1.7, 0.5, 1.5]), name) for name in names[1:]}
+    factors[names[0]] = 1.0
     had = {name: [i, 2 * i] for i, name in enumerate(names)}
     storage = torch.full((6, 8), 7, dtype=torch.int32)
-    for _ in range(data.draw(st.integers(1, 14), "batches")):
+    for _ in range(data.draw(st.integers(8, 20), "batches")):
         batch = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
         requests = [_request(name, had[name], factors[name]) for name in batch]
         processors.prepare_tensor_args(requests, storage)
@@ -144,8 +145,26 @@ def test_places_change_hands_and_scores_are_those_of_transformers(data):
         assert torch.equal(found[len(batch) :], scores[len(batch) :])
 
 
-def test_a_batch_without_penalties_takes_no_memory_for_them(shared):
-    ask(shared, PROMPTS[:1], None, 2)
+def test_more_requests_than_places_take_turns_with_them(judge, monkeypatch):
+    """Three of a batch of one; what pauses comes to another place with all that it has had."""
+    given_up: list[str] = []
+    free_place = RepetitionPenalty._free_place
+
+    def watched(self):
+        before = set(self._places)
+        place = free_place(self)
+        given_up.extend(before - set(self._places))
+        return place
+
+    monkeypatch.setattr(RepetitionPenalty, "_free_place", watched)
+    prompts = [prompt_of(5 + n, seed=n) for n in range(8)]
+    with make(judge, max_requests_per_batch=1) as engine:
+        found = ask(engine, prompts, "all-4", NEW, repetition_penalty=1.3)
+    assert found == [judge.answer(p, "all-4", NEW, repetition_penalty=1.3) for p in prompts]
+    assert given_up
+
+
+def test_a_batch_without_penalties_takes_no_memory_for_them():
     with make() as engine:
         ask(engine, PROMPTS[:2], None, 3)
         assert engine._manager.logit_processor.penalty._seen is None

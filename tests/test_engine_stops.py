@@ -19,6 +19,7 @@ judge = small_engines.judge
 running = small_engines.running
 shared = small_engines.shared
 
+SPECIAL, WITHOUT_TEXT = "<end>", 256  # of the tokenizer
 NEW = 40
 PROMPTS = [prompt_of(n, seed=n) for n in (5, 14, 9)]
 NAMES = ["all-4", None, "rs-8"]
@@ -56,7 +57,7 @@ def engine(request, judge, monkeypatch):
 @pytest.mark.filterwarnings("ignore:this one is not known")
 def test_an_answer_ends_with_the_string_that_it_came_to(engine, judge):
     stops, answers = stops_of(judge), judge.answers(PROMPTS, NAMES, NEW)
-    for asked in (stops, stops[0], [stops[1], "never"]):
+    for asked in (stops, stops[0], [stops[1], "never", SPECIAL]):
         strings = [asked] if isinstance(asked, str) else asked
         results = engine.generate(PROMPTS, NAMES, stop_strings=asked, **OPTIONS)
         expected = [up_to(answer, *strings) for answer in answers]
@@ -90,6 +91,17 @@ def test_a_stream_ends_there_and_the_engine_goes_on_with_others(shared, judge):
     assert other.result(PATIENCE).token_ids == answers[1]
 
 
+def test_a_special_token_ends_an_answer_as_a_token(shared):
+    """Its text is not in the answer's; so text around one cannot be looked for."""
+    options = {"stop_strings": ["a", SPECIAL], "ignore_eos": True}
+    found = shared._reader.read(PROMPTS[0], options, TOKENIZER)
+    assert (found.eos, found.stop.strings) == ([WITHOUT_TEXT], ("a",))
+    found = shared._reader.read(PROMPTS[0], {"stop_strings": SPECIAL, "eos_token_id": 3}, TOKENIZER)
+    assert (found.eos, found.stop) == ([3, WITHOUT_TEXT], None)
+    with pytest.raises(ValueError, match=f"cannot end an answer: {SPECIAL} is a token .* alone"):
+        shared.generate([PROMPTS[0]], stop_strings=f"{SPECIAL}\n")
+
+
 @pytest.mark.parametrize("strings", [[""], ["a", 3], 5, [None]])
 def test_what_is_no_string_is_refused(strings, shared):
     with pytest.raises(ValueError, match="stop_strings is a string or a list of them"):
@@ -105,13 +117,16 @@ def test_without_a_tokenizer_there_is_no_text_to_look_at(judge):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    text=st.text("ab\u00e9\u4f60 ", max_size=12),
+    parts=st.lists(st.one_of(st.text("ab\u00e9\u4f60 ", max_size=4), st.none()), max_size=12),
     strings=st.lists(st.text("ab\u00e9\u4f60 ", min_size=1, max_size=4), min_size=1, max_size=3),
     cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted),
 )
-def test_whatever_comes_at_once_the_end_is_the_same(text, strings, cuts):
-    tokens = TOKENIZER(text)["input_ids"]
-    stops, known = StopStrings(tuple(strings), TOKENIZER.decode), 0
+def test_whatever_comes_at_once_the_end_is_the_same(parts, strings, cuts):
+    """Also with tokens between that have no text: as many as there are."""
+    tokens: list[int] = []
+    for part in parts:
+        tokens += [WITHOUT_TEXT] * 9 if part is None else TOKENIZER(part)["input_ids"]
+    stops, known = StopStrings(tuple(strings), text_of, frozenset([WITHOUT_TEXT])), 0
     whole = up_to(tokens, *strings)
     expected = len(whole) if any(string in text_of(whole) for string in strings) else None
     found = None

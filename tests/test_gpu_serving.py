@@ -351,6 +351,9 @@ def test_penalties_are_of_tokens_that_the_host_does_not_know_yet(judge, asynchro
     asked = list(zip(prompts, names, penalties, strict=True))
     expected = [judge.answer(p, name, 24, repetition_penalty=each) for p, name, each in asked]
     settings = {"use_cuda_graph": True, "use_async_batching": asynchronous}
+    # And more requests than there are places for those of two a batch.
+    settings["max_requests_per_batch"] = 2
+    asked, expected = asked * 2, expected * 2
     with engine_of(served_model().to(CUDA), judge.folders, **settings) as engine:
         for _ in range(2):  # captured, and replayed
             requests = [

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 IMPORTED = ["torch", "transformers", "peft", "triton"]
+_PATIENCE = 300.0  # seconds; the slowest takes 10
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 
@@ -24,11 +25,15 @@ def run_script(script: Path, *arguments: object, log: Path) -> int:
     process = context.Process(target=_run, args=(str(script), list(map(str, arguments)), log))
     with mock.patch.dict(os.environ, ENVIRONMENT):  # of the server, which the first one starts
         process.start()
-    process.join()
+    process.join(_PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join()
     return process.exitcode
 
 
 def _run(script: str, arguments: list[str], log: Path) -> None:
+    os.environ |= ENVIRONMENT  # also where a server was there before
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

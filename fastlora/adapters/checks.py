@@ -64,12 +64,16 @@ def base_weights(entries: Mapping[str, Entry], own_weight: OwnWeight) -> dict[st
 
 
 def check_base_weights(own: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
-    """Check that weights of the base model in a file are the model's own, in the file's dtype."""
+    """Check that weights of the base model in a file are the model's own.
+
+    In the coarser of both dtypes: a model may be served in another than it was trained in.
+    """
     for key, weight in own.items():
+        coarser = max(weight.dtype, tensor(key).dtype, key=lambda dtype: torch.finfo(dtype).eps)
         theirs = tensor(key).flatten().split(_COMPARED_AT_ONCE)
         ours = weight.detach().flatten().split(_COMPARED_AT_ONCE)
         for its, mine in zip(theirs, ours, strict=True):
-            if not torch.equal(mine.to("cpu", its.dtype), its):
+            if not torch.equal(mine.to("cpu", coarser), its.to(coarser)):
                 raise Refusal(
                     f"tensor {shown(key)} is not what the base model has there: it was trained "
                     "whole, and requests share the base model's, or the adapter is for another one"

@@ -119,7 +119,7 @@ class AdapterPool:
         A name that is taken gets the new version for requests that come from now on; those under
         way finish with the one that they began with. It goes to the device, in the place of the
         least recently used ones that no request uses; where these are not enough, it goes there
-        when a request needs it.
+        when a request needs it (and if the name is pinned, stays there from then on).
 
         Args:
             name: letters, digits and ``. _ - : + @``.
@@ -176,15 +176,21 @@ class AdapterPool:
             RuntimeError: there is no room for it while others are pinned or in use, which it says;
                 or the pool is closed.
         """
-        lease = self.lease(name)
+        while not self._pin(self.lease(name)):
+            pass  # another version has come in between
+
+    def _pin(self, lease: Lease) -> bool:
+        """Pin a lease's version and end the lease; ``False``: it has lost its name meanwhile."""
         try:
             if not self.make_ready(lease):
                 raise RuntimeError(
                     self._no_room_for(lease, "the rest is pinned, or in use by requests")
                 )
             with self._lock:
-                assert lease._version is not None
-                lease._version.pinned = lease._version.named
+                version = lease._version
+                assert version is not None
+                version.pinned = version.named
+                return version.named
         finally:
             self.give_back(lease)
 
@@ -254,15 +260,24 @@ class AdapterPool:
     def close(self) -> None:
         """Give back all memory, of the device and of the host; again, it changes nothing.
 
-        An engine's pool is closed with it. Where there is none, no batch may run any more. Names
-        can still be listed, and leases be given back.
+        An engine's pool is closed with it. Names can still be listed.
+
+        Raises:
+            RuntimeError: requests that run use adapters.
         """
+        with self._lock:
+            if not self._closed and any(version.held for version in self._by_uid.values()):
+                raise RuntimeError("requests use adapters of this pool: close their engine")
+            self._close()
+
+    def _close(self) -> None:
+        """Close it whoever has leases, once no batch runs any more; without the lock, too."""
         with self._lock:
             self._closed = True
             try:
                 if self.device.type == "cuda":
-                    # What was launched last may still read it, on whatever stream.
-                    torch.cuda.synchronize(self.device)
+                    # Of this thread alone: while a graph is captured elsewhere, no device waits.
+                    torch.cuda.current_stream(self.device).synchronize()
             finally:
                 for version in self._by_uid.values():
                     version.host, version.placement, version.slot = None, None, 0
@@ -342,8 +357,11 @@ class AdapterPool:
             if lease._holds:
                 version.held -= 1
                 version.free_from = self._step + self.grace
-            if not version.named and version.leases == 0:
-                self._retire(version)
+            if version.leases == 0:
+                if not version.named:
+                    self._retire(version)
+                elif version.host is not None and not version.slot:
+                    self._trim_host()  # it was there for the lease
 
     def slot_of(self, uid: int) -> int:
         """Return the slot of a version, 0 for the base model."""

@@ -21,7 +21,7 @@ class AdapterInfo:
         bytes: that it takes on the device.
         where: ``"device"``, ``"host"`` or ``"disk"``.
         requests: that use it now, or wait for it.
-        pinned: stays on the device.
+        pinned: stays on the device, once it is there.
         active: used by requests that name no adapter.
     """
 

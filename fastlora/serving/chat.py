@@ -59,6 +59,8 @@ class Chat:
         self._options = options
         self._question = ""
         self._has_template = bool(getattr(engine.tokenizer, "chat_template", None))
+        if not self._has_template:
+            self._options["stop_strings"] = f"\n{_USER}"
 
     @property
     def prompt(self) -> str:
@@ -118,12 +120,13 @@ class Chat:
             print(flush=True)
             _tell("(stopped)")
             return answer
+        except RuntimeError:
+            print(flush=True)
+            raise
         finally:
             request.cancel()  # nothing, if it is over
         print(flush=True)
         result = request.result()
-        if result.error is not None:
-            raise RuntimeError(result.error)
         if result.finish_reason == "length":
             _tell(f"(cut off after {len(result.token_ids)} tokens)")
         return answer

@@ -37,7 +37,6 @@ from fastlora.serving.options import Options, OptionsReader
 from fastlora.serving.prompts import as_prompts
 from fastlora.serving.requests import OpenRequests, Request, Result
 from fastlora.serving.rows import RowsGenerator
-from fastlora.serving.stops import StopStrings
 
 
 class _Active:
@@ -57,9 +56,9 @@ class Engine:
     use it as a context manager, or let go of it and of all its requests.
 
     Args:
-        model: a hub id, a folder, or a loaded model without peft layers (kept, and put back as it
-            was by ``close``; before, nobody else should call it while requests run: continuous
-            batching changes its config during each step).
+        model: a hub id, a folder, or a loaded model without peft layers: kept, and put back as it
+            was by ``close``. Before, calls of it by others are the base model's and take turns with
+            the engine's; where it attends by pages on a GPU they are refused.
         adapters: name and source of adapters to load at once; see ``AdapterPool.load``.
         adapter_memory: of the device for adapters: bytes, or a size such as ``"2GB"``.
         host_memory: likewise of the host, for copies of those that left the device; see
@@ -108,10 +107,6 @@ class Engine:
         self._lock = threading.Lock()
         routing = attach(self.model, self.adapters)
         self._in_rows = RowsGenerator(self.model, self.adapters, routing)
-        self._hooks = [
-            self.model.register_forward_pre_hook(routing.enter, with_kwargs=True),
-            self.model.register_forward_hook(routing.leave, always_call=True),
-        ]
         self._was_training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         self._closed = False
@@ -220,7 +215,10 @@ class Engine:
                 "layer (generate() works without)"
             )
         names = self._names(adapter, 1)
-        options = self._read(prompt, generation)
+        asked = as_prompts(prompt)
+        if len(asked) != 1:
+            raise ValueError(f"one prompt is needed, not {len(asked)}")
+        options = self._read(asked[0], generation)
         if stream and options.sequences > 1:
             raise ValueError(f"one answer can be streamed, not {options.sequences}")
         (request,) = self._begin([options], names, stream=stream)
@@ -244,13 +242,11 @@ class Engine:
             # Also what nobody else ends: those that waited for an adapter when the manager died.
             self._requests.on_stop("the engine is closed")
             self._in_rows.close()
-            for hook in self._hooks:
-                hook.remove()
             detach(self.model)
             for module in self._was_training:
                 module.training = True
             _open.discard(self)
-            self.adapters.close()
+            self.adapters._close()
 
     # Of an engine that is not made yet.
     _closed = True
@@ -318,7 +314,7 @@ class Engine:
                     sequences=each.sequences,
                     _lease=lease,
                     _eos=frozenset(each.eos),
-                    _stops=StopStrings(each.stop, self._decode) if each.stop else None,
+                    _stops=each.stop,
                     _decode=self._decode,
                     _cancel=self._cancel,
                 )
@@ -348,7 +344,7 @@ class Engine:
             tokens=options.tokens,
             max_new_tokens=new_tokens,
             eos_token_id=options.eos,
-            streaming=stream or bool(options.stop),
+            streaming=stream or options.stop is not None,
             sequences=options.sequences,
             sampling=options.sampling,
         )

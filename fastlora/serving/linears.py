@@ -13,6 +13,7 @@ so that their adapters are read in one launch forward and one back to the width 
 
 from __future__ import annotations
 
+import functools
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ BATCH = "fastlora_batch"  # by this name the model's forward may be handed the b
 
 
 class Batch:
-    """What the linears are told of the batch that runs; made anew for every forward.
+    """What the linears are told of the batch that runs.
 
     Args:
         reach: the pool's, with the batch's adapters. It may grow while the batch runs, and all its
@@ -149,16 +150,18 @@ class Routing:
         finally:
             self.end()
 
-    def enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Begin the batch that the model's forward is handed, or go on with this thread's."""
-        self._forward.acquire()
-        self.begin(kwargs.pop(BATCH, self.current))
-        return args, kwargs
+    def routed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a model's forward in the batch that it is handed, or else in this thread's.
 
-    def leave(self, model: nn.Module, args: Any, output: Any) -> None:
-        """End the batch of the model's forward."""
-        self.end()
-        self._forward.release()
+        No hook: of a forward that is interrupted torch would not call the one that ends the batch.
+        """
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._forward, self.batch(kwargs.pop(BATCH, self.current)):
+                return forward(*args, **kwargs)
+
+        return run
 
     def with_adapters(
         self,
@@ -304,7 +307,7 @@ def refuse_attached(model: nn.Module) -> None:
 
 
 def attach(model: nn.Module, pool: AdapterPool) -> Routing:
-    """Route a model's linears through a pool, until ``detach``.
+    """Route a model and its linears through a pool, until ``detach``.
 
     A subclass of ``nn.Linear`` (a quantized one) keeps its class, and has its ``forward`` replaced
     on the object; so does one whose ``forward`` somebody has replaced on the object (accelerate's
@@ -336,13 +339,21 @@ def attach(model: nn.Module, pool: AdapterPool) -> Routing:
                 member.__class__ = RoutedLinear
             else:
                 _replace_forward(member)
+    _keep_forward(model)
+    model.__dict__["forward"] = routing.routed(model.forward)
     return routing
+
+
+def _keep_forward(module: nn.Module) -> None:
+    """Remember the forward of a module before it is replaced on the object."""
+    module.__dict__["fastlora_own_forward"] = module.__dict__.get("forward")
+    module.__dict__["fastlora_forward"] = module.forward
 
 
 def _replace_forward(layer: nn.Module) -> None:
     siblings: _Siblings = layer.__dict__["fastlora_siblings"]
-    layer.__dict__["fastlora_own_forward"] = layer.__dict__.get("forward")
-    before = layer.__dict__["fastlora_forward"] = layer.forward
+    _keep_forward(layer)
+    before = layer.__dict__["fastlora_forward"]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch = siblings.routing.current
@@ -355,11 +366,10 @@ def _replace_forward(layer: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Make a model's linears what they were."""
+    """Make a model and its linears what they were."""
     for module in model.modules():
         own = module.__dict__
-        if own.pop("fastlora_siblings", None) is None:
-            continue
+        own.pop("fastlora_siblings", None)
         own.pop("fastlora_is_head", None)
         if own.pop("fastlora_forward", None) is not None:
             del own["forward"]

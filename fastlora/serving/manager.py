@@ -129,7 +129,7 @@ class _InputsAndOutputs(ContinuousBatchingIOs):
                 self.samples |= "do_sample" in request.state.logit_processor_kwargs
                 self.penalizes |= "repetition_penalty" in request.state.logit_processor_kwargs
         self.penalty = logits_processors.penalty
-        if self.device == self.pool.device:
+        if self.device.type == self.pool.device.type:
             self.penalty.upload()  # else this is the host's side of a pair: with its inputs
         self.has_adapters = any(slot for slot, _ in tokens)
         # Of this batch, whatever is loaded while it runs or is captured.
@@ -292,7 +292,10 @@ class Manager(continuous_api.ContinuousBatchingManager):
     def close(self) -> None:
         """Stop the thread now, and give the model its own attention back."""
         is_own_thread = threading.current_thread() is self._generation_thread
+        inputs = getattr(self.batch_processor, "inputs_and_outputs", None)
         self.stop(block=not is_own_thread, hard_stop=True)
+        if (stream := getattr(inputs, "compute_stream", None)) is not None:
+            stream.synchronize()  # what was launched last reads the adapters, which are freed next
         self.attention.close()
         self.distributed_helper.destroy_cpu_comm_group()
 

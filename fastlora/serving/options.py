@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlora.serving.prompts import PromptEncoder
+from fastlora.serving.stops import StopStrings
 
 DEFAULT_NEW_TOKENS = 256
 # Divided by less, scores become infinities. Nothing but the most likely token is left long before.
@@ -41,7 +43,7 @@ class Options:
         max_new_tokens: how long the answer may be.
         has_length: whether somebody asked for that length.
         eos: tokens that end it.
-        stop: strings that end it.
+        stop: strings that end it, or ``None``.
         sequences: how many answers there are to be.
         sampling: of ``transformers.GenerationConfig``, what is not its default; empty: greedy.
     """
@@ -50,7 +52,7 @@ class Options:
     max_new_tokens: int
     has_length: bool
     eos: list[int]
-    stop: tuple[str, ...]
+    stop: StopStrings | None
     sequences: int
     sampling: dict[str, Any]
 
@@ -73,7 +75,7 @@ class OptionsReader:
         self._encoder = PromptEncoder(model.get_input_embeddings().weight.shape[0])
         head = model.get_output_embeddings()
         self.vocabulary = int(getattr(head, "out_features", None) or text.vocab_size)
-        self._eos = _eos_tokens(model, tokenizer)
+        self._model, self._tokenizer = model, tokenizer
         _warn_of(self._defaults)
 
     def read(self, prompt: Any, given: Mapping[str, Any], tokenizer: Any) -> Options:
@@ -94,7 +96,7 @@ class OptionsReader:
                 f"{', '.join(unknown)}: no such option here; there are {', '.join(_OPTIONS)}"
             )
         given = {name: value for name, value in given.items() if value is not None}
-        template = given.get("chat_template_kwargs", {})
+        template = _template(given.get("chat_template_kwargs", {}))
         tokens = self._encoder.encode(prompt, tokenizer, template)
         asked = given.get("max_new_tokens", getattr(self._defaults, "max_new_tokens", None))
         new_tokens = DEFAULT_NEW_TOKENS if asked is None else _positive("max_new_tokens", asked)
@@ -105,13 +107,17 @@ class OptionsReader:
                     f"{self._longest}"
                 )
             new_tokens = min(new_tokens, self._longest - len(tokens))
-        ends = _token_ids(given["eos_token_id"]) if "eos_token_id" in given else self._eos
+        if "eos_token_id" in given:
+            ends = _token_ids(given["eos_token_id"])
+        else:
+            ends = _eos_tokens(self._model, self._tokenizer)
+        stop, tokens_of_stop = _stops(given.get("stop_strings", ()), tokenizer)
         return Options(
             tokens=tokens,
             max_new_tokens=new_tokens,
             has_length=asked is not None,
-            eos=[] if given.get("ignore_eos") else ends,
-            stop=_strings(given.get("stop_strings", ()), tokenizer),
+            eos=tokens_of_stop if given.get("ignore_eos") else [*ends, *tokens_of_stop],
+            stop=stop,
             sequences=_positive("num_return_sequences", given.get("num_return_sequences", 1)),
             sampling=self._sampling_of(given),
         )
@@ -125,13 +131,24 @@ class OptionsReader:
         return _checked_sampling(options, self.vocabulary)
 
 
-def _positive(name: str, value: Any) -> int:
+def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name} is a whole number, not {value!r:.100}")
-    number = operator.index(value)
+    return operator.index(value)
+
+
+def _positive(name: str, value: Any) -> int:
+    number = _whole(name, value)
     if number < 1:
         raise ValueError(f"{name} must be positive, got {number}")
     return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is a number, not {value!r:.100}") from None
 
 
 def _token_ids(value: Any) -> list[int]:
@@ -147,15 +164,39 @@ def _token_ids(value: Any) -> list[int]:
         ) from None
 
 
-def _strings(value: Any, tokenizer: Any) -> tuple[str, ...]:
-    strings = (
-        (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
-    )
+def _template(value: Any) -> Mapping[str, Any]:
+    """Check what a chat template is told; that tokens come back is the engine's own affair."""
+    if not isinstance(value, Mapping) or {"tokenize", "return_dict"} & value.keys():
+        raise ValueError(
+            "chat_template_kwargs is a mapping of what the template is told, without tokenize and "
+            f"return_dict, not {value!r:.100}"
+        )
+    return value
+
+
+def _stops(value: Any, tokenizer: Any) -> tuple[StopStrings | None, list[int]]:
+    """Return the strings that end an answer, and the tokens: special ones are not in its text."""
+    is_one = isinstance(value, str) or not isinstance(value, Iterable)
+    strings = (value,) if is_one else tuple(value)
     if not all(isinstance(string, str) and string for string in strings):
         raise ValueError(f"stop_strings is a string or a list of them, not {value!r:.100}")
-    if strings and tokenizer is None:
+    if not strings:
+        return None, []
+    if tokenizer is None:
         raise ValueError("stop_strings are looked for in the text, and the engine has no tokenizer")
-    return strings
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    added = tokenizer.added_tokens_decoder.items()
+    special |= {token.content: number for number, token in added if token.special}
+    in_text = tuple(string for string in strings if string not in special)
+    for string in in_text:
+        if found := [token for token in special if token in string]:
+            raise ValueError(
+                f"{string!r} cannot end an answer: {found[0]} is a token that its text does not "
+                "have; give that alone"
+            )
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    stop = StopStrings(in_text, decode, frozenset(special.values())) if in_text else None
+    return stop, [special[string] for string in strings if string in special]
 
 
 def _checked_sampling(options: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
@@ -165,9 +206,11 @@ def _checked_sampling(options: Mapping[str, Any], vocabulary: int) -> dict[str, 
     it, is greedy.
     """
     given = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
-    temperature, top_p = float(given.get("temperature", 1.0)), float(given.get("top_p", 1.0))
-    top_k, min_p = int(given.get("top_k", _TOP_K)), float(given.get("min_p", 0.0))
-    penalty = float(given.get("repetition_penalty", 1.0))
+    top_k = _whole("top_k", given.get("top_k", _TOP_K))
+    defaults = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    temperature, top_p, min_p, penalty = (
+        _number(name, given.get(name, default)) for name, default in defaults.items()
+    )
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if top_k < 0:

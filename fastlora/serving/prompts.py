@@ -18,7 +18,8 @@ class PromptEncoder:
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
         # A tokenizer, and the copy of it that is used: the fast ones keep truncation and padding
-        # of the last call, which may be anybody's, in another thread.
+        # of the last call, which may be anybody's, in another thread. Copied anew when tokens were
+        # added.
         self._copied: tuple[Any, Any] = (None, None)
 
     def encode(self, prompt: Any, tokenizer: Any, template: Mapping[str, Any]) -> list[int]:
@@ -62,9 +63,10 @@ class PromptEncoder:
                 "Engine(..., tokenizer=...)"
             )
         original, copied = self._copied
-        if original is not tokenizer:
+        if original is not tokenizer or len(copied) != len(tokenizer):
             copied = copy.deepcopy(tokenizer)
             self._copied = (tokenizer, copied)
+        copied.chat_template = tokenizer.chat_template
         return copied
 
 
@@ -83,12 +85,17 @@ def as_prompts(prompts: Any) -> list[Any]:
     if not isinstance(prompts, Iterable):
         raise ValueError(f"a prompt, or a list of them, is needed, not {prompts!r:.100}")
     prompts = list(prompts)
-    if prompts and (isinstance(prompts[0], int) or _is_message(prompts[0])):
+    if prompts and (_is_token(prompts[0]) or _is_message(prompts[0])):
         return [prompts]
     found: list[Any] = []
     for prompt in prompts:
         found += _encoded(prompt) if isinstance(prompt, Mapping) else [prompt]
     return found
+
+
+def _is_token(value: Any) -> bool:
+    """Return whether something is a number, also numpy's or torch's, and no list of them."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 
 def _is_message(value: Any) -> bool:

@@ -24,7 +24,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 _logger = logging.getLogger(__name__)
 _CHILD = "__child#"  # in the ids of transformers, of all sequences of a request but the first
 # An adapter that an asynchronous batch has used may leave only a while after its requests ended.
-_RETRY_SECONDS = 0.05
+RETRY_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class OpenRequests:
 
     def _load_for_ever(self) -> None:
         while not self._closed:
-            self._wake.wait(_RETRY_SECONDS if self._starved else None)
+            self._wake.wait(RETRY_SECONDS if self._starved else None)
             self._wake.clear()
             while self._load_one():
                 pass

@@ -13,11 +13,9 @@ from fastlora.adapters.pool import AdapterPool
 from fastlora.adapters.versions import Lease
 from fastlora.serving.linears import Routing, RowsOfSequences
 from fastlora.serving.options import Options
-from fastlora.serving.requests import FinishReason, Result
-from fastlora.serving.stops import StopStrings
+from fastlora.serving.requests import RETRY_SECONDS, FinishReason, Result
 
 _MOST_ROWS = 64  # of one batch
-_RETRY_SECONDS = 0.05
 
 
 class RowsGenerator:
@@ -103,7 +101,7 @@ class RowsGenerator:
                     return {i: _unanswered(options[i], lease, "error", str(error))}
         if not rows:
             # Somebody else holds one: ``AdapterPool.pin`` does for a moment.
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(RETRY_SECONDS)
             return {}
         answers = self._run([options[i] for i in rows], [leases[i].slot for i in rows])
         return {
@@ -152,7 +150,7 @@ def _result(
     """Return the result of an answer, which may go on behind its end."""
     tokens = tokens[: options.max_new_tokens]
     ends = [i + 1 for i, token in enumerate(tokens) if token in options.eos]
-    if options.stop and (end := StopStrings(options.stop, decode).end_of(tokens)) is not None:
+    if options.stop is not None and (end := options.stop.end_of(tokens)) is not None:
         ends.append(end)
     tokens = tokens[: min(ends)] if ends else tokens
     reason: FinishReason = "stop" if ends else "length"

@@ -17,10 +17,12 @@ class StopStrings:
     Attributes:
         strings: not empty, none of them empty.
         decode: returns the text of token ids.
+        without_text: special tokens, which are no part of the text.
     """
 
     strings: tuple[str, ...]
     decode: Callable[[list[int]], str]
+    without_text: frozenset[int] = frozenset()
 
     def end_of(self, tokens: Sequence[int], known: int = 0) -> int | None:
         """Return how many tokens an answer has when it has come to one; ``None``: it has not yet.
@@ -30,8 +32,17 @@ class StopStrings:
             known: how many of them are known not to be enough.
         """
         width = max(len(string.encode()) for string in self.strings) + _MORE
-        for end in range(known + 1, len(tokens) + 1):
-            text = self.decode(list(tokens[max(0, end - width) : end]))
+        window: list[int] = []  # the last tokens with a text: each has a byte at least
+        for token in reversed(tokens[:known]):
+            if len(window) == width:
+                break
+            if token not in self.without_text:
+                window.insert(0, token)
+        for end, token in enumerate(tokens[known:], known + 1):
+            if token in self.without_text:
+                continue
+            window = [*window[-width + 1 :], token]
+            text = self.decode(window)
             if any(string in text for string in self.strings):
                 return end
         return None
