@@ -26,6 +26,8 @@ from fastlora.segmented import Adapters
 from fastlora.segments import Segments
 
 _Key = tuple[Any, ...]
+# The arena, the descriptors of a group's linears, and which adapter every row has.
+_Table = tuple[Tensor, Tensor, Segments]
 
 # Shrinks run beside the frozen products: in linears_with_adapters by early launch, elsewhere on a
 # stream of their own while a CUDA graph is captured (with_adapters). A decode step of the linears
@@ -87,7 +89,7 @@ def add_adapters(
             for s, y in enumerate(ys):
                 segmented.add_adapters(y, x, adapters(s, runs.slots), runs)
     else:
-        _launch(ys, x, arena, descriptors, segments, max_rank)
+        _launch(ys, x, (arena, descriptors, segments), max_rank)
 
 
 def with_adapters(
@@ -117,19 +119,19 @@ def with_adapters(
         flat = [y.view(-1, y.shape[-1]) for y in ys]
         add_adapters(flat, x, arena, descriptors, segments, max_rank=max_rank, adapters=adapters)
         return ys
-    operands = (arena, descriptors, segments)
-    key = _key_of(x, *operands, max_rank)
+    table = (arena, descriptors, segments)
+    key = _key_of(x, table, max_rank)
     with on_device(x.device):
         main, beside = torch.cuda.current_stream(), _stream_beside(x.device)
         beside.wait_stream(main)
         with torch.cuda.stream(beside):
-            h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
+            h = _shrink_of(key, x, table, max_rank)(x, *table)
         try:
             ys = compute()
         finally:  # a capture that fails is to say why, and not that a stream was left open
             main.wait_stream(beside)
         flat = [y.view(-1, y.shape[-1]) for y in ys]
-        _expand_of(key, flat, h, *operands)(flat, h, *operands)
+        _expand_of(key, flat, h, table)(flat, h, *table)
     return ys
 
 
@@ -168,9 +170,8 @@ def fuses_linears(
         has_adapters: of any row.
     """
     operation = _gemm_for(x)
-    if not has_adapters and operation == plans.SEGMENTED_GEMM:
-        return False
-    if operation is None:  # first: the rest takes the host 10 us, a small linear's time on a CPU
+    # First: the rest takes the host 10 us, a small linear's time on a CPU.
+    if operation is None or (operation == plans.SEGMENTED_GEMM and not has_adapters):
         return False
     (t, k, *_), device, dtype = as_rows(x), x.device, x.dtype
     return (
@@ -250,16 +251,16 @@ def linears_with_adapters(
     Returns:
         For each ``[T, N_s]``, contiguous.
     """
-    operands = (arena, descriptors, segments)
-    key = _key_of(x, *operands, max_rank)
+    table = (arena, descriptors, segments)
+    key = _key_of(x, table, max_rank)
     with on_device(x.device):
         if x.shape[0] <= DECODE_GEMM_ROWS:
             ys = _decode_of(x, weights, biases)(x, weights, biases)
-            _shrink_and_expand(key, ys, x, *operands, max_rank, beside=OVERLAPS)
+            _shrink_and_expand(key, ys, x, table, max_rank, beside=OVERLAPS)
             return ys
-        h = _shrink_of(key, x, *operands, max_rank)(x, *operands)
-        gemm = _gemm_of(key, x, weights, biases, h, *operands)
-        return gemm(x, weights, biases, h, *operands)
+        h = _shrink_of(key, x, table, max_rank)(x, *table)
+        gemm = _gemm_of(key, x, weights, biases, h, table)
+        return gemm(x, weights, biases, h, *table)
 
 
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
@@ -278,40 +279,28 @@ def _plan(x: Tensor, max_rank: int) -> plans.Plan:
     return plans.plan_for("segmented_add", x.device, x.dtype, t, 0, k, max_rank)
 
 
-def _launch(
-    ys: Sequence[Tensor],
-    x: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-    max_rank: int,
-) -> None:
-    operands = (arena, descriptors, segments)
-    key = _key_of(x, *operands, max_rank)
+def _launch(ys: Sequence[Tensor], x: Tensor, table: _Table, max_rank: int) -> None:
+    key = _key_of(x, table, max_rank)
     with on_device(x.device):
-        _shrink_and_expand(key, ys, x, *operands, max_rank)
+        _shrink_and_expand(key, ys, x, table, max_rank)
 
 
 def _shrink_and_expand(
     key: _Key,
     ys: Sequence[Tensor],
     x: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
+    table: _Table,
     max_rank: int,
     *,
     beside: bool = False,
 ) -> None:
-    operands = (arena, descriptors, segments)
-    h = _shrink_of(key, x, *operands, max_rank, beside=beside)(x, *operands)
-    _expand_of(key, ys, h, *operands)(ys, h, *operands)
+    h = _shrink_of(key, x, table, max_rank, beside=beside)(x, *table)
+    _expand_of(key, ys, h, table)(ys, h, *table)
 
 
-def _key_of(
-    x: Tensor, arena: Tensor, descriptors: Tensor, segments: Segments, max_rank: int
-) -> _Key:
+def _key_of(x: Tensor, table: _Table, max_rank: int) -> _Key:
     """Return all that a shrink is prepared for: the layers of a model take turns with one."""
+    arena, descriptors, segments = table
     tiles = segments.tiles
     return (
         *_key_of_input(x),
@@ -337,36 +326,21 @@ def _key_of_input(x: Tensor) -> _Key:
 
 
 def _shrink_of(
-    key: _Key,
-    x: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-    max_rank: int,
-    *,
-    beside: bool = False,
+    key: _Key, x: Tensor, table: _Table, max_rank: int, *, beside: bool = False
 ) -> Callable[..., Tensor]:
     key += (beside,)
     shrink = _shrinks.get(key)
     if shrink is None:
-        prepare = _launchers().shrink
-        shrink = prepare(x, arena, descriptors, segments, max_rank=max_rank, beside=beside)
+        shrink = _launchers().shrink(x, *table, max_rank=max_rank, beside=beside)
         _keep(_shrinks, key, shrink)
     return shrink
 
 
-def _expand_of(
-    key: _Key,
-    ys: Sequence[Tensor],
-    h: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
-) -> Callable[..., None]:
+def _expand_of(key: _Key, ys: Sequence[Tensor], h: Tensor, table: _Table) -> Callable[..., None]:
     key += tuple([(y.dtype, y.shape[1], y.stride(), y.data_ptr() % 16) for y in ys])
     expand = _expands.get(key)
     if expand is None:
-        expand = _launchers().expand(ys, h, arena, descriptors, segments)
+        expand = _launchers().expand(ys, h, *table)
         _keep(_expands, key, expand)
     return expand
 
@@ -377,16 +351,14 @@ def _gemm_of(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     h: Tensor,
-    arena: Tensor,
-    descriptors: Tensor,
-    segments: Segments,
+    table: _Table,
 ) -> Callable[..., list[Tensor]]:
     key += (OVERLAPS, *_layout_of(weights, biases))
     gemm = _gemms.get(key)
     if gemm is None:
+        *_, segments = table
         after_shrink = OVERLAPS and segments.tiles.shape[1] > 0  # else none is launched
-        operands = (x, weights, biases, h, arena, descriptors, segments)
-        gemm = _launchers().gemm(*operands, after_shrink=after_shrink)
+        gemm = _launchers().gemm(x, weights, biases, h, *table, after_shrink=after_shrink)
         _keep(_gemms, key, gemm)
     return gemm
 
@@ -436,7 +408,7 @@ def _segmented_add(
 ) -> None:
     segments = Segments(slots, order, tiles, block_m)
     if _plan(x, max_rank) != plans.PLAIN:
-        _launch(ys, x, arena, descriptors, segments, max_rank)
+        _launch(ys, x, (arena, descriptors, segments), max_rank)
         return
     runs = segments.on_host()
     with without_autocast(x.device.type):
