@@ -89,6 +89,18 @@ def test_rows_without_finite_scores_do_not_stop_the_others():
     assert processed[3].isfinite().sum() <= 3
 
 
+def test_nothing_is_written_for_batches_that_are_plainly_greedy():
+    processors = SamplingProcessors(8, RepetitionPenalty(8, torch.device("cpu")))
+    arguments = torch.full((6, 4), 7, dtype=torch.int32)
+    greedy = _State({"adapter": 3})
+    processors.prepare_tensor_args([greedy] * 4, arguments)
+    assert (arguments == 7).all()
+    scores = torch.randn(4, 8)
+    assert processors(torch.zeros(4, dtype=torch.long), scores, arguments) is scores
+    processors.prepare_tensor_args([greedy, _State({"do_sample": True})], arguments)
+    assert arguments[-1].tolist() == [0, 1, 7, 7]
+
+
 class _State:
     """Of a request, as much as the processors look at."""
 

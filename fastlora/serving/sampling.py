@@ -29,6 +29,9 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from fastlora.serving.penalties import RepetitionPenalty
 
+# What the engine tells a request that is not plainly greedy: one of them at least.
+_WANTED = frozenset({"do_sample", "repetition_penalty"})
+
 
 class GreedyRows(ContinuousBatchingLogitsProcessor):
     """Leave nothing but the most likely token in rows whose request does not sample.
@@ -122,7 +125,13 @@ class SamplingProcessors(ContinuousBatchingLogitsProcessorList):
     def prepare_tensor_args(
         self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor
     ) -> Tensor:
-        """Write what each row of a batch has of its own into ``[processors, rows]``."""
+        """Write what each row of a batch has of its own into ``[processors, rows]``.
+
+        Nothing of a batch in which no request asks for any of it, as most do.
+        """
+        asked = (request.state.logit_processor_kwargs for request in requests_in_batch)
+        if all(_WANTED.isdisjoint(kwargs) for kwargs in asked):
+            return arg_storage
         # Rows of padding must not have the place of a request that had the row before.
         arg_storage[0].zero_()
         stored: Tensor = super().prepare_tensor_args(requests_in_batch, arg_storage)
