@@ -33,9 +33,9 @@ class Reach(NamedTuple):
     Attributes:
         max_rank: at least the rank of every adapter on the device; a power of two.
         targeted: the groups that are computed with adapters, by ``Group.first``: those whose names
-            (q, k and v; o; ...) an adapter has targeted, in whatever layer. Most adapters have q
-            and v alone, and launches that find nothing to do take as long as those that do: 3 us
-            each, six of a layer's eight (H200).
+            (q, k and v; o; ...) an adapter has targeted, in whatever layer. With q and v alone,
+            peft's default for Qwen2, six of a layer's eight launches would find nothing to do, and
+            one that does nothing takes 0.8 to 1.1 us in a graph (H200).
     """
 
     max_rank: int
