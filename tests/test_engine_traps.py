@@ -11,6 +11,7 @@ TESTS = Path(__file__).parent
 EXACT, LOADS, MODELS = "test_engine_exactness", "test_engine_loads", "test_engine_models"
 ARGUMENTS, SAMPLING = "test_engine_arguments", "test_engine_sampling"
 ROOM, CLOSING = "test_engine_room", "test_engine_closing"
+AT_DEVICE, AT_ONCE = "test_adapter_room", "test_adapter_at_once"
 POOL, CONFIG, LIVE = "test_adapter_pool", "test_adapter_config", "test_adapter_live"
 REACH, KERNELS = "test_engine_reach", "test_kernels_segmented"
 
@@ -25,9 +26,9 @@ TRAPS: dict[str, list[str] | str] = {
         f"{POOL}.test_a_name_that_is_loaded_again_is_another_version_for_new_leases_only",
     ],
     "3: a slot is used again while rows with it are under way": [
-        f"{POOL}.test_what_is_used_or_pinned_does_not_leave",
-        f"{POOL}.test_steps_for_which_a_batch_may_still_read_what_has_ended",
-        f"{POOL}.test_any_sequence_of_calls",
+        f"{AT_DEVICE}.test_what_is_used_or_pinned_does_not_leave",
+        f"{AT_DEVICE}.test_steps_for_which_a_batch_may_still_read_what_has_ended",
+        f"{AT_ONCE}.test_any_sequence_of_calls",
         f"{ROOM}.test_threads_submit_cancel_load_and_unload_at_once",
         f"{LOADS}.test_every_answer_is_right_while_adapters_come_and_go",
     ],
@@ -116,8 +117,8 @@ TRAPS: dict[str, list[str] | str] = {
     ],
     "24: an adapter that cannot be loaded throws another one out": [
         f"{POOL}.test_what_cannot_be_used_is_refused_and_nothing_else_is_touched",
-        f"{POOL}.test_nobody_leaves_for_nothing",
-        f"{POOL}.test_nobody_leaves_for_pieces_that_are_too_small",
+        f"{AT_DEVICE}.test_nobody_leaves_for_nothing",
+        f"{AT_DEVICE}.test_nobody_leaves_for_pieces_that_are_too_small",
         f"{ROOM}.test_an_adapter_that_is_refused_disturbs_nobody",
     ],
     "25: an adapter is unloaded under a request": [
